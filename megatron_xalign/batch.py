@@ -1,0 +1,52 @@
+"""One micro-batch as it travels from the data to the loss and to the capture hooks."""
+
+# B micro-batch, S sequence
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+NO_LANGUAGE = -1
+"""Language id of tokens that belong to no language: end of document, template, padding."""
+
+
+@dataclass
+class Batch:
+    """Tensors of one micro-batch, all on one device."""
+
+    tokens: torch.Tensor
+    """int64 [B, S]: what the model reads."""
+    labels: torch.Tensor
+    """int64 [B, S]: the next token at every position."""
+    loss_mask: torch.Tensor
+    """float32 [B, S]: 1 where the label bears loss."""
+    position_ids: torch.Tensor
+    """int64 [B, S]."""
+    language_ids: torch.Tensor
+    """int8 [B, S]: language of each token read, an index into the run's languages; ``NO_LANGUAGE`` for none."""
+    label_language_ids: torch.Tensor
+    """int8 [B, S]: language of each label."""
+    source_ids: torch.Tensor
+    """int16 [B, S]: source of each token, an index into ``data.sources``; -1 for padding and probes."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
+
+
+def collate(samples: Sequence[dict[str, np.ndarray]]) -> Batch:
+    """Stack samples (dicts of [S] arrays, as a blend gives them) into a batch of [B, S] tensors."""
+    return Batch(
+        **{item.name: torch.from_numpy(np.stack([sample[item.name] for sample in samples])) for item in fields(Batch)}
+    )
+
+
+class CurrentBatch:
+    """Tells hooks which micro-batch the forward pass now running belongs to; the training loop sets it."""
+
+    def __init__(self) -> None:
+        self.batch: Batch | None = None

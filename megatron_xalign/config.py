@@ -1,0 +1,479 @@
+"""Every knob of a training run as a frozen dataclass; YAML in, YAML out, overrides from the command line.
+
+Precedence: field default, then YAML, then ``--set path.to.key=value``. An unknown key is an error that
+names the nearest known one; so is a value of the wrong type. Field names are Megatron's where Megatron
+has the thing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+
+from megatron_xalign.errors import ConfigError
+
+ConfigType = TypeVar("ConfigType")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer: rotary positions, SwiGLU, no biases (Megatron's ``GPTModel``)."""
+
+    num_layers: int = 4
+    """Transformer layers."""
+    hidden_size: int = 192
+    """Width of the residual stream."""
+    ffn_hidden_size: int = 512
+    """Width of the SwiGLU MLP after the gate; one neuron is one of these coordinates."""
+    num_attention_heads: int = 6
+    """Query heads."""
+    num_query_groups: int | None = None
+    """Key/value heads (grouped-query attention); default: as many as query heads."""
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    """``RMSNorm`` with a weight (Llama) or ``LayerNorm`` without weight and bias (OLMo, the study's model)."""
+    layernorm_epsilon: float = 1e-5
+    """Added to the variance inside the norm."""
+    rotary_base: int = 10_000
+    """Base of the rotary position frequencies."""
+    untie_embeddings_and_output_weights: bool = True
+    """Whether input embedding and output projection are two matrices."""
+    init_method_std: float = 0.02
+    """Standard deviation of the normal initialisation; outputs of a layer get it divided by sqrt(2 * num_layers)."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size, as Megatron pads it."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "rotary_base"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}.",
+        )
+        _require(
+            (self.hidden_size // self.num_attention_heads) % 2 == 0,
+            f"hidden_size={self.hidden_size} over num_attention_heads={self.num_attention_heads} gives heads of an "
+            "odd width; rotary positions need an even one.",
+        )
+        _require(
+            self.num_query_groups is None
+            or (self.num_query_groups > 0 and self.num_attention_heads % self.num_query_groups == 0),
+            f"num_attention_heads={self.num_attention_heads} is not divisible by "
+            f"num_query_groups={self.num_query_groups}.",
+        )
+        _require(self.init_method_std > 0, f"init_method_std={self.init_method_std} must be positive.")
+        _require(
+            self.make_vocab_size_divisible_by > 0,
+            f"make_vocab_size_divisible_by={self.make_vocab_size_divisible_by} must be positive.",
+        )
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads, with the default filled in."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How one model is laid over processes; what is left of the world size is data-parallel."""
+
+    tensor_model_parallel_size: int = 1
+    """Processes that share every layer's matrices."""
+    pipeline_model_parallel_size: int = 1
+    """Processes that hold consecutive blocks of layers."""
+    sequence_parallel: bool = False
+    """Split norms and dropout along the sequence inside a tensor-parallel group."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over data-parallel ranks."""
+    distributed_timeout_seconds: int = 300
+    """How long a collective may wait for a rank before the job stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_seconds"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
+        _require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "sequence_parallel=true needs tensor_model_parallel_size above 1.",
+        )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes one copy of the model needs."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up and decay; norms and biases are not decayed."""
+
+    lr: float = 2e-3
+    """Peak learning rate."""
+    min_lr: float = 2e-4
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after warm-up."""
+    lr_warmup_steps: int = 20
+    """Steps of linear warm-up from zero."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Gradient norm above which gradients are scaled down; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"lr={self.lr} must be positive.")
+        _require(0 <= self.min_lr <= self.lr, f"min_lr={self.min_lr} is outside [0, lr={self.lr}].")
+        _require(self.lr_warmup_steps >= 0, f"lr_warmup_steps={self.lr_warmup_steps} is negative.")
+        _require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} is negative.")
+        _require(self.clip_grad >= 0, f"clip_grad={self.clip_grad} is negative; 0 turns clipping off.")
+        for name in ("adam_beta1", "adam_beta2"):
+            _require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is outside [0, 1).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One token file of the mixture."""
+
+    prefix: str
+    """Path without ``.bin``/``.idx``; origin and languages come from the manifest beside it."""
+    max_repeats: float = 1.0
+    """How often its text may be seen; more is asked for here, never silent."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_repeats > 0, f"max_repeats={self.max_repeats} must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """How the training budget is split between monolingual and parallel text (docs/mixture.md)."""
+
+    parallel_fraction: float = 0.0
+    """Share of the tokens trained on that come from parallel documents, in [0, 1]."""
+    fraction_of: Literal["content", "all"] = "content"
+    """Which tokens the share counts: ``content`` leaves out end-of-document and template tokens, ``all`` counts all."""
+    languages: dict[str, float] = field(default_factory=dict)
+    """Share of the content tokens per language, parallel tokens included; empty means equal shares."""
+    budget_rule: Literal["replace", "add"] = "replace"
+    """``replace``: parallel tokens take the place of monolingual ones; ``add``: the monolingual budget stays."""
+    seed: int = 1234
+    """Order of documents, windows and batches; share it between runs that are to be compared."""
+
+    def __post_init__(self) -> None:
+        _require(
+            math.isfinite(self.parallel_fraction) and 0.0 <= self.parallel_fraction <= 1.0,
+            f"parallel_fraction={self.parallel_fraction} is outside [0, 1]; five percent is written 0.05.",
+        )
+        _require(
+            self.budget_rule == "replace" or self.parallel_fraction < 1.0,
+            "parallel_fraction=1.0 with budget_rule=add has no monolingual budget to add to; use replace.",
+        )
+        _require(self.seed >= 0, f"seed={self.seed} is negative.")
+        if self.languages:
+            for language, share in self.languages.items():
+                _require(
+                    math.isfinite(share) and 0.0 < share <= 1.0, f"languages.{language}={share} is outside (0, 1]."
+                )
+            total = math.fsum(self.languages.values())
+            _require(
+                abs(total - 1.0) < 1e-6,
+                f"languages shares {dict(self.languages)} add up to {total:g}; they must add up to 1.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What the model reads."""
+
+    tokenizer: str = ""
+    """Folder with ``tokenizer.json`` and ``manifest.json``, as ``xalign tokenizer train`` writes it."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Token files of the mixture."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    """How they are mixed."""
+    seq_length: int = 256
+    """Tokens of one sample."""
+    probe: str | None = None
+    """JSON lines of held-out translations (``{"id", "texts": {language: text}}``), for capture."""
+
+    def __post_init__(self) -> None:
+        _require(self.seq_length > 0, f"seq_length={self.seq_length} must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long and in what batches."""
+
+    train_steps: int = 100
+    """Optimizer steps; budget in tokens = steps x global batch x sequence length."""
+    global_batch_size: int = 32
+    """Samples of one step, over all data-parallel ranks."""
+    micro_batch_size: int = 8
+    """Samples of one forward pass on one rank."""
+    params_dtype: Literal["fp32", "bf16"] = "fp32"
+    """``bf16`` keeps fp32 main weights and gradients."""
+    recompute: Literal["none", "full"] = "none"
+    """``full`` recomputes every layer's forward in the backward pass to save memory."""
+    log_interval_steps: int = 10
+    """Steps between lines of metrics.jsonl."""
+    save_interval_steps: int = 50
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 0
+    """Newest checkpoints to keep; 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "train_steps", "global_batch_size", "micro_batch_size", "log_interval_steps", "save_interval_steps",
+        ):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
+        _require(self.keep_checkpoints >= 0, f"keep_checkpoints={self.keep_checkpoints} is negative; 0 keeps all.")
+        _require(
+            self.global_batch_size % self.micro_batch_size == 0,
+            f"global_batch_size={self.global_batch_size} is not divisible by "
+            f"micro_batch_size={self.micro_batch_size}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureConfig:
+    """What is recorded of the model's insides while it trains (docs/capture.md)."""
+
+    probe_interval_steps: int = 50
+    """Steps between probes (and between files in ``neurons/``); step 0 and the last step are always probed."""
+    probe_batch_tokens: int = 4096
+    """Padded tokens of one probe forward pass."""
+    stream: bool = True
+    """Whether per-language neuron sums are taken from the training batches."""
+    stream_interval_steps: int = 1
+    """Take the sums at every n-th step."""
+
+    def __post_init__(self) -> None:
+        for name in ("probe_interval_steps", "probe_batch_tokens", "stream_interval_steps"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run."""
+
+    name: str = "run"
+    """Shown in logs and reports."""
+    output_dir: str = "run"
+    """Run folder: config, metrics, checkpoints, neuron statistics."""
+    seed: int = 1234
+    """Initial weights (and dropout, where there is any)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Its layout over processes."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How weights move."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What it reads."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How long, in what batches."""
+    capture: CaptureConfig | None = None
+    """What is watched; nothing if left out."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name), "name is empty.")
+        _require(self.seed >= 0, f"seed={self.seed} is negative.")
+        tensor, pipeline = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
+        for name, size in (
+            ("num_attention_heads", self.model.num_attention_heads),
+            ("num_query_groups", self.model.query_groups),
+            ("ffn_hidden_size", self.model.ffn_hidden_size),
+        ):
+            _require(
+                size % tensor == 0,
+                f"model.{name}={size} is not divisible by parallel.tensor_model_parallel_size={tensor}.",
+            )
+        _require(
+            self.model.num_layers % pipeline == 0,
+            f"model.num_layers={self.model.num_layers} is not divisible by "
+            f"parallel.pipeline_model_parallel_size={pipeline}.",
+        )
+        _require(
+            not self.parallel.sequence_parallel or self.data.seq_length % tensor == 0,
+            f"data.seq_length={self.data.seq_length} is not divisible by "
+            f"parallel.tensor_model_parallel_size={tensor}, which sequence_parallel needs.",
+        )
+        if self.capture is not None:
+            save, probe = self.training.save_interval_steps, self.capture.probe_interval_steps
+            # Stream sums restart at every probe; a checkpoint between two probes would lose half a window.
+            _require(
+                save % probe == 0,
+                f"training.save_interval_steps={save} is not a multiple of capture.probe_interval_steps={probe}; "
+                "a resumed run could not continue the neuron sums of the probe it was cut off from.",
+            )
+
+    @property
+    def train_samples(self) -> int:
+        """Samples of the whole run."""
+        return self.training.train_steps * self.training.global_batch_size
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.train_samples * self.data.seq_length
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = (), into: type[ConfigType] | None = None) -> ConfigType:
+    """Read a YAML file into a config dataclass.
+
+    Args:
+        path: the YAML file.
+        overrides: ``path.to.key=value`` strings, applied after the file; values are YAML.
+        into: the dataclass to build; ``RunConfig`` if left out.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown, or a value does not fit.
+    """
+    target: type[Any] = into or RunConfig
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}.") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not YAML: {error}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {path} holds a {type(tree).__name__}; a mapping of settings is expected.")
+    for override in overrides:
+        _apply_override(tree, override)
+    return typing.cast(ConfigType, from_tree(target, tree))
+
+
+def from_tree(target: type[ConfigType], tree: Mapping[str, Any], path: str = "") -> ConfigType:
+    """Build a config dataclass from plain mappings; errors carry the dotted path of the setting."""
+    hints = typing.get_type_hints(target)
+    known = [item.name for item in dataclasses.fields(typing.cast(Any, target))]
+    values = {}
+    for key, value in tree.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {path}{near[0]}?" if near else f"known here: {', '.join(known)}."
+            raise ConfigError(f"unknown setting {path}{key}; {hint}")
+        values[key] = _convert(hints[key], value, f"{path}{key}")
+    missing = [
+        item.name
+        for item in dataclasses.fields(typing.cast(Any, target))
+        if item.name not in values
+        and item.default is dataclasses.MISSING
+        and item.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{path}{missing[0]} is missing.")
+    try:
+        return target(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}{error}") from None
+
+
+def to_tree(config: object) -> Any:
+    """Turn a config dataclass into plain mappings and lists, every setting included."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {item.name: to_tree(getattr(config, item.name)) for item in dataclasses.fields(config)}
+    if isinstance(config, (list, tuple)):
+        return [to_tree(item) for item in config]
+    if isinstance(config, dict):
+        return {key: to_tree(value) for key, value in config.items()}
+    return config
+
+
+def to_yaml(config: object) -> str:
+    """The resolved config as YAML that ``read_config`` reads back to an equal object."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted.strip():
+        raise ConfigError(f"--set {override} is not of the form path.to.key=value.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None
+    *parents, leaf = dotted.strip().split(".")
+    node: Any = tree
+    for parent in parents:
+        if isinstance(node, list):
+            node = node[_list_index(node, parent, override)]
+        else:
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+        if not isinstance(node, (dict, list)):
+            raise ConfigError(f"--set {override}: {parent} is a value, not a group of settings.")
+    if isinstance(node, list):
+        node[_list_index(node, leaf, override)] = value
+    else:
+        node[leaf] = value
+
+
+def _list_index(items: list[Any], text: str, override: str) -> int:
+    if not text.isdigit() or int(text) >= len(items):
+        raise ConfigError(f"--set {override}: {text} is not an item number below {len(items)}.")
+    return int(text)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """``value`` from YAML as the type a field is declared with; ConfigError if it does not fit."""
+    origin = get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        choices = [choice for choice in get_args(hint) if choice is not type(None)]
+        if value is None and type(None) in get_args(hint):
+            return None
+        return _convert(choices[0], value, path)
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(f"{path}={value!r} is not one of {', '.join(map(str, get_args(hint)))}.")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path}={value!r} should be a list.")
+        return tuple(_convert(get_args(hint)[0], item, f"{path}.{index}") for index, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path}={value!r} should be a mapping.")
+        return {str(key): _convert(get_args(hint)[1], item, f"{path}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path}={value!r} should be a group of settings.")
+        return from_tree(hint, value, f"{path}.")
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:  # YAML 1.1 reads 1e-3 as text
+            return float(value)
+        except ValueError:
+            pass
+    elif hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{path}={value!r} should be {hint.__name__}, not {type(value).__name__}.")

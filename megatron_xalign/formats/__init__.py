@@ -1,0 +1,1 @@
+"""The files rooms hand each other, reader beside writer."""
