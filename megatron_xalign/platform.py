@@ -1,0 +1,233 @@
+"""The CPU backend: what Megatron-Core asks of CUDA, answered by the CPU (docs/cpu-backend.md).
+
+Megatron-Core names the CUDA device literally in many places of the dense-GPT path, so its tensor-, pipeline- and
+data-parallel code cannot run without a GPU as shipped. ``install`` lets it run over gloo. It is called explicitly,
+before ``megatron`` is imported, only where CUDA is absent; on a machine with CUDA nothing is ever patched.
+
+Every patch is one entry of ``PATCHES``: small, named, with the call sites that need it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One thing Megatron-Core expects of CUDA and the CPU's answer to it."""
+
+    name: str
+    """How tests and documentation call it."""
+    reason: str
+    """Who needs it: modules of ``megatron.core``, 0.16.1 and 0.19.2."""
+    apply: Callable[[], None]
+    """Puts it in place for the rest of the process."""
+
+
+class _NoStream:
+    """A CUDA stream on a machine that has none: everything is already done and in order."""
+
+    def wait_stream(self, stream: object) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, event: object) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self, event: object = None) -> object:
+        """No event is needed: the work is already done."""
+        return event
+
+
+def _is_cuda(device: object) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.split(":")[0] == "cuda"
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites CUDA device arguments of torch functions to the CPU while it is active."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Gradient clipping and the distributed optimizer compare the type's name with torch.cuda.FloatTensor.
+            return func(args[0]).replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.backward:
+            # Torch leaves the mode while it runs an overridable function, and this one runs Megatron's own backward
+            # functions, which allocate on "cuda".
+            with self:
+                return func(*args, **kwargs)
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": CPU}
+        if func is torch.Tensor.to:
+            args = tuple(CPU if _is_cuda(argument) else argument for argument in args)
+        return func(*args, **kwargs)
+
+
+def _set(module: object, name: str, value: object) -> None:
+    setattr(module, name, value)
+
+
+def _patch_current_device() -> None:
+    _set(torch.cuda, "current_device", lambda: CPU)
+
+
+# Each replacement is a function object of its own: torch's compiler files torch functions by identity and refuses the
+# same one under two names.
+
+
+def _patch_synchronize() -> None:
+    _set(torch.cuda, "synchronize", lambda device=None: None)
+
+
+def _patch_set_device() -> None:
+    _set(torch.cuda, "set_device", lambda device: None)
+
+
+def _patch_streams() -> None:
+    stream = _NoStream()
+    _set(torch.cuda, "current_stream", lambda device=None: stream)
+    _set(torch.cuda, "default_stream", lambda device=None: stream)
+
+
+def _patch_device_arguments() -> None:
+    # Entered for good, as torch.set_default_device does it.
+    _CudaMeansCpu().__enter__()
+
+
+def _patch_rng_state() -> None:
+    def get_state(device: object = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: object = None, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    _set(torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state())
+    _set(torch.cuda, "set_rng_state", lambda new_state, device=None: torch.set_rng_state(new_state))
+    _set(torch.cuda, "manual_seed", lambda seed: torch.manual_seed(seed))
+    # Imported here, not above: the patches before this one must be in place first.
+    from megatron.core.tensor_parallel import random
+
+    _set(random, "_get_cuda_rng_state", get_state)
+    _set(random, "_set_cuda_rng_state", set_state)
+
+
+def _patch_paged_stash() -> None:
+    """Stand in for a module of mixture-of-experts kernels that imports triton when ``megatron.core`` is imported.
+
+    A fake ``triton`` would be simpler, but torch's own compiler looks for it and breaks on it.
+    """
+    if importlib.util.find_spec("triton") is not None:
+        return
+    package = importlib.util.find_spec("megatron")
+    places = package.submodule_search_locations or [] if package is not None else []
+    if not any((Path(place) / "core/transformer/moe/ops/paged_stash.py").exists() for place in places):
+        return
+    name = "megatron.core.transformer.moe.ops.paged_stash"
+    stub = types.ModuleType(name, "Stand-in: these kernels need triton, which is not installed.")
+    for kernel in ("paged_stash_copy_kernel", "paged_stash_pop_kernel"):
+        _set(stub, kernel, None)
+    _set(stub, "GLOBAL_BLOCK_SIZE", 1024)
+    sys.modules[name] = stub
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "paged_stash",
+        "0.19: pipeline_parallel.schedules imports transformer.moe.ops.paged_stash, which imports triton; torch's CPU "
+        "wheel has none.",
+        _patch_paged_stash,
+    ),
+    Patch(
+        "current_device",
+        "device= of new tensors in tensor_parallel.mappings and layers, p2p_communication, param_and_grad_buffer, "
+        "optimizer and distrib_optimizer.",
+        _patch_current_device,
+    ),
+    Patch(
+        "synchronize",
+        "dist_checkpointing: fully_parallel, filesystem_async and async_utils wait for the device before they write.",
+        _patch_synchronize,
+    ),
+    Patch("set_device", "dist_checkpointing.async_utils: the writer process chooses its device.", _patch_set_device),
+    Patch(
+        "streams",
+        "0.19: param_and_grad_buffer.start_grad_sync asks for the current stream even without overlap; so does DDP "
+        "with several optimizer instances.",
+        _patch_streams,
+    ),
+    Patch(
+        "device_arguments",
+        'literal device="cuda", .cuda(), .to("cuda") and Tensor.type() == "torch.cuda.FloatTensor" in schedules, '
+        "clip_grads, optimizer, distrib_optimizer, rotary_pos_embedding, language_module, state_dict_saver.",
+        _patch_device_arguments,
+    ),
+    Patch(
+        "rng_state",
+        "tensor_parallel.random keeps one CUDA generator state per region; here they are states of the CPU generator. "
+        "Unpatched, setting one silently does nothing.",
+        _patch_rng_state,
+    ),
+)
+
+_installed = False
+
+
+def is_cpu() -> bool:
+    """Whether this process trains on the CPU, which is so exactly where CUDA is absent."""
+    return not torch.cuda.is_available()
+
+
+def installed() -> bool:
+    """Whether ``install`` has been called in this process."""
+    return _installed
+
+
+def install(without: Collection[str] = ()) -> None:
+    """Make Megatron-Core run on the CPU, for the rest of this process; a second call does nothing.
+
+    Args:
+        without: names of patches to leave out. Only for the tests that show each one to be needed.
+
+    Raises:
+        RuntimeError: this machine has CUDA, where nothing must be patched, or ``megatron.core`` was imported before.
+        ValueError: ``without`` names no patch.
+    """
+    global _installed
+    unknown = set(without) - {patch.name for patch in PATCHES}
+    if unknown:
+        raise ValueError(f"no patch is called {', '.join(sorted(unknown))}.")
+    if _installed:
+        return
+    if not is_cpu():
+        raise RuntimeError(
+            "the CPU backend is not installed where CUDA is there; set CUDA_VISIBLE_DEVICES= to train on the CPU."
+        )
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("the CPU backend must be installed before megatron.core is imported.")
+    # Both are true and expected here, and would greet every process of every job.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", message=".*TransformerEngine.*not installed")
+    for patch in PATCHES:
+        if patch.name not in without:
+            patch.apply()
+    _installed = True

@@ -1,0 +1,223 @@
+"""Which tensor-, pipeline- and data-parallel rank this process is, and sums and gathers over a named axis."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_xalign import platform
+from megatron_xalign.config import ParallelConfig
+from megatron_xalign.errors import ConfigError, WorkerError
+
+Axis = Literal["tensor", "pipeline", "data", "world"]
+Thing = TypeVar("Thing")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among the others. Collectives must be called by every process of the axis, in the same order."""
+
+    rank: int
+    """Number of this process in the whole job."""
+    world_size: int
+    """Processes of the job: tensor x pipeline x data size."""
+    tensor_rank: int
+    """Which shard of every matrix this process holds."""
+    tensor_size: int
+    """Processes that share every matrix."""
+    pipeline_rank: int
+    """Which block of consecutive layers this process holds."""
+    pipeline_size: int
+    """Blocks of layers."""
+    data_rank: int
+    """Which share of every global batch this process reads."""
+    data_size: int
+    """Copies of the model."""
+    device: torch.device
+    """Where this process computes."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this process holds the embedding and the first layers."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this process holds the last layers and computes the loss."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    def size_of(self, axis: Axis) -> int:
+        """Processes along an axis."""
+        return {
+            "tensor": self.tensor_size, "pipeline": self.pipeline_size,
+            "data": self.data_size, "world": self.world_size,
+        }[axis]
+
+    def group_of(self, axis: Axis) -> dist.ProcessGroup | None:
+        """The process group of an axis through this process; None means all processes, as in torch."""
+        from megatron.core import parallel_state
+
+        if axis == "tensor":
+            return parallel_state.get_tensor_model_parallel_group()
+        if axis == "pipeline":
+            return parallel_state.get_pipeline_model_parallel_group()
+        if axis == "data":
+            return parallel_state.get_data_parallel_group()
+        if axis == "world":
+            return None
+        raise ValueError(f"axis {axis!r} is not one of tensor, pipeline, data, world.")
+
+    def sum_over(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+        """The sum of a tensor over all processes of an axis, on each of them; the argument is left as it is."""
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        if self.size_of(axis) > 1:
+            dist.all_reduce(total, group=self.group_of(axis))
+        return total
+
+    def gather_over(self, tensor: torch.Tensor, axis: Axis) -> list[torch.Tensor]:
+        """The tensors of all processes of an axis, in rank order, on each of them; shape and dtype must agree."""
+        own = tensor.detach().contiguous()
+        if self.size_of(axis) == 1:
+            return [own.clone()]
+        gathered = [torch.empty_like(own) for _ in range(self.size_of(axis))]
+        dist.all_gather(gathered, own, group=self.group_of(axis))
+        return gathered
+
+    def broadcast_over(self, tensor: torch.Tensor, axis: Axis, source: int) -> torch.Tensor:
+        """The tensor of the axis's ``source``-th process, on each of them; shape and dtype must agree."""
+        copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+        group = self.group_of(axis)
+        if self.size_of(axis) > 1:
+            dist.broadcast(copy, src=source if group is None else dist.get_global_rank(group, source), group=group)
+        return copy
+
+    def broadcast_object(self, thing: Thing | None, source: int = 0) -> Thing:
+        """A small Python object of the process ``source``, on every process of the job.
+
+        It travels pickled, between processes of one job only.
+        """
+        things: list[Any] = [thing]
+        if self.world_size > 1:
+            dist.broadcast_object_list(things, src=source)
+        return things[0]
+
+    def barrier(self) -> None:
+        """Wait until every process of the job is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def start(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
+    """Join this process to its job, lay the job out and seed it; leave it again at the end of the block.
+
+    Works under ``torchrun`` and, for a job of one process, without. Where CUDA is absent the CPU backend is installed
+    and processes talk over gloo; else over NCCL. Call it before anything imports ``megatron.core``.
+
+    Args:
+        parallel: tensor and pipeline size; what is left of the processes is data-parallel.
+        seed: seed of torch and of Megatron's random states, not negative.
+
+    Yields:
+        This process's place in the job.
+
+    Raises:
+        ConfigError: the processes cannot be divided by tensor size x pipeline size.
+        WorkerError: the job's port is in use, or another process of the job ended or did not answer in time.
+    """
+    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if world_size % parallel.model_parallel_size:
+        raise ConfigError(
+            f"{world_size} process(es) cannot be divided by parallel.tensor_model_parallel_size={tensor} times "
+            f"parallel.pipeline_model_parallel_size={pipeline}; start a multiple of {parallel.model_parallel_size}, "
+            f"for example: torchrun --nproc-per-node {parallel.model_parallel_size} ..."
+        )
+    if platform.is_cpu():
+        platform.install()
+    device = platform.CPU if platform.is_cpu() else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    _join(rank, world_size, device, parallel.distributed_timeout_seconds)
+
+    # Imported late: the CPU backend must be in place first.
+    from megatron.core import parallel_state, tensor_parallel
+
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            # Megatron makes a timedelta of it, which takes fractions.
+            distributed_timeout_minutes=parallel.distributed_timeout_seconds / 60,
+        )
+        torch.manual_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        ranks = Ranks(
+            rank=rank, world_size=world_size, device=device,
+            tensor_rank=parallel_state.get_tensor_model_parallel_rank(), tensor_size=tensor,
+            pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(), pipeline_size=pipeline,
+            data_rank=parallel_state.get_data_parallel_rank(), data_size=parallel_state.get_data_parallel_world_size(),
+        )
+        log.debug("process %d of %d: %s", rank, world_size, ranks)
+        yield ranks
+    except (dist.DistError, RuntimeError) as error:
+        if world_size > 1 and _lost_a_peer(error):
+            raise WorkerError(
+                f"process {rank} of {world_size} lost another process of this job, which ended or did not answer within "
+                f"parallel.distributed_timeout_seconds={parallel.distributed_timeout_seconds}; the first error in the "
+                f"logs of the other processes is the cause. ({str(error).splitlines()[0]})"
+            ) from error
+        raise
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _join(rank: int, world_size: int, device: torch.device, timeout_seconds: int) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if world_size == 1:
+        # No port is needed to talk to oneself.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if address is None or port is None:
+        raise ConfigError(
+            f"WORLD_SIZE={world_size} is set but MASTER_ADDR={address} and MASTER_PORT={port} are not both; start the "
+            f"job with torchrun, which sets them all."
+        )
+    try:
+        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
+    except (dist.DistError, RuntimeError) as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise WorkerError(
+                f"port {port} on {address} is in use by another job; choose another with torchrun --master-port PORT, "
+                "or torchrun --standalone, which finds a free one."
+            ) from error
+        raise WorkerError(
+            f"process {rank} of {world_size} did not find the others at {address}:{port} within {timeout_seconds} s; "
+            f"an earlier error in their logs is the cause. ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _lost_a_peer(error: BaseException) -> bool:
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return any(
+        sign in text
+        for sign in (
+            "connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "timed out after",
+            "gloo/transport", "socket timeout",
+        )
+    )
