@@ -1,0 +1,44 @@
+# Two commands do everything: `make quickstart` runs the main job, `make test` passes the tests.
+# Both make a virtual environment in .venv if there is none. Needs Linux, Python 3.11 or 3.12, a C++17 compiler.
+#
+#   make quickstart ARGS="--fractions 0,0.02 --out mine"
+#   make test ARGS="-k mixture"
+
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(shell command -v $(name))))
+VENV ?= .venv
+ARGS ?=
+LANE := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])')
+CONSTRAINTS := constraints/$(LANE).txt
+SOURCES := setup.py pyproject.toml $(wildcard csrc/src/* csrc/include/xalign/*) $(CONSTRAINTS)
+
+.PHONY: quickstart test lint install clean-venv
+quickstart: $(VENV)/.installed
+	$(VENV)/bin/xalign quickstart $(ARGS)
+
+test: $(VENV)/.installed-dev lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+install: $(VENV)/.installed
+
+$(CONSTRAINTS):
+	@echo "xalign needs Python 3.11 or 3.12; '$(PYTHON)' is $(LANE)." \
+	  "Name another one: make PYTHON=/path/to/python3.11 ..." >&2; exit 1
+
+$(VENV)/bin/python: | $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+
+# PIP_CONSTRAINT (not -c) also pins what the isolated build of csrc/ uses.
+$(VENV)/.installed: $(SOURCES) | $(VENV)/bin/python
+	PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(VENV)/bin/python -m pip install --disable-pip-version-check -e '.[quickstart]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(SOURCES) | $(VENV)/bin/python
+	PIP_CONSTRAINT=$(CURDIR)/$(CONSTRAINTS) $(VENV)/bin/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+clean-venv:
+	rm -rf $(VENV)

@@ -1,0 +1,196 @@
+"""The folder of one training run: what lies where, and the facts written before its first step.
+
+```
+RUN/config.yaml    the resolved config, the first file written
+RUN/run.json       version, commit, seed, command, library versions, layout
+RUN/audit.json     the mixture, asked against achieved
+RUN/metrics.jsonl  one object per logged step
+RUN/checkpoints/   step-000100/ ...
+RUN/neurons/       step-000100/ ...
+RUN/analysis/      results.json ...
+```
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform as python_platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_xalign import __version__
+from megatron_xalign.config import RunConfig, read_config, to_tree, to_yaml
+from megatron_xalign.errors import ConfigError, FormatError
+from megatron_xalign.formats.atomic import read_json, write_json, write_text
+
+# Settings that may change between two starts of one run without changing a single trained bit.
+_FREE_TO_CHANGE = (
+    "output_dir", "training.log_interval_steps", "training.save_interval_steps", "training.keep_checkpoints",
+    "parallel.distributed_timeout_seconds", "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size", "parallel.sequence_parallel", "parallel.use_distributed_optimizer",
+    "training.micro_batch_size",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the parts of one run lie."""
+
+    path: Path
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def facts_path(self) -> Path:
+        """Version, commit, seed, command, layout."""
+        return self.path / "run.json"
+
+    @property
+    def audit_path(self) -> Path:
+        """The mixture, asked against achieved."""
+        return self.path / "audit.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints, a folder each."""
+        return self.path / "checkpoints"
+
+    @property
+    def neurons(self) -> Path:
+        """Neuron statistics, a folder per probed step."""
+        return self.path / "neurons"
+
+    @property
+    def analysis(self) -> Path:
+        """Measures computed from the neuron statistics."""
+        return self.path / "analysis"
+
+    def config(self) -> RunConfig:
+        """The resolved config of the run.
+
+        Raises:
+            FormatError: this is not a run folder.
+        """
+        if not self.config_path.is_file():
+            raise FormatError(f"{self.path} is not a run folder: it has no config.yaml; `xalign train` makes one.")
+        return read_config(self.config_path)
+
+    def facts(self) -> dict[str, Any]:
+        """What ``run.json`` holds."""
+        return read_json(self.facts_path)
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The logged steps in order.
+
+        Raises:
+            FormatError: the file is missing or a line other than a cut-off last one is not JSON.
+        """
+        if not self.metrics_path.is_file():
+            raise FormatError(f"{self.metrics_path} does not exist; the run has not logged a step yet.")
+        lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield json.loads(line)
+            except ValueError:
+                if number == len(lines):  # the run was killed while it wrote this line
+                    return
+                raise FormatError(f"{self.metrics_path}:{number} is not JSON: {line[:80]!r}.") from None
+
+
+def start_run(config: RunConfig, command: list[str], layout: dict[str, int], facts: dict[str, Any]) -> RunFolder:
+    """Create a run's folder, or accept the one that is there if it holds the same run; call on one rank only.
+
+    Raises:
+        ConfigError: the folder holds another run; the message names the settings that differ.
+    """
+    run = RunFolder(Path(config.output_dir))
+    if run.config_path.is_file():
+        differing = differing_settings(run.config(), config)
+        if differing:
+            raise ConfigError(
+                f"output_dir={config.output_dir} holds a run with other settings: {'; '.join(differing)}. "
+                "Choose another output_dir, or remove that folder to start over."
+            )
+    write_text(run.config_path, to_yaml(config))
+    earlier = read_json(run.facts_path)["starts"] if run.facts_path.is_file() else []
+    write_json(
+        run.facts_path,
+        {
+            "name": config.name,
+            "version": __version__,
+            "commit": source_commit(),
+            "seed": config.seed,
+            "layout": layout,
+            "versions": library_versions(),
+            **facts,
+            "starts": [*earlier, {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": command}],
+        },
+    )
+    return run
+
+
+def differing_settings(before: RunConfig, now: RunConfig) -> list[str]:
+    """Settings that make two configs different runs, as ``path: old -> new``."""
+    flat_before, flat_now = dict(_flatten(to_tree(before))), dict(_flatten(to_tree(now)))
+    return [
+        f"{key}: {flat_before.get(key)} -> {flat_now.get(key)}"
+        for key in sorted(flat_before.keys() | flat_now.keys())
+        if flat_before.get(key) != flat_now.get(key) and key not in _FREE_TO_CHANGE
+    ]
+
+
+def _flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    if items is None:
+        yield path, tree
+        return
+    for key, value in items:
+        yield from _flatten(value, f"{path}.{key}" if path else str(key))
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that shape a run's numbers."""
+    versions = {"python": python_platform.python_version()}
+    for name in ("torch", "megatron-core", "transformer-engine", "flash-attn", "apex", "numpy", "tokenizers"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def source_commit() -> str | None:
+    """Git commit of the checkout this package runs from, ``+changes`` if edited; None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True, text=True, check=True, timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def command_line() -> list[str]:
+    """The command this process was started with."""
+    return ["xalign", *sys.argv[1:]]

@@ -1,0 +1,116 @@
+"""Start the worker processes of one job on this machine and, if one dies, say which and why.
+
+The workers run under torch's elastic agent, the machinery of ``torchrun``: when one fails the others are stopped,
+killed after half a minute if they do not listen. Two things are added: the port is checked before the start, and
+the message names the first cause rather than the peers' "connection closed" that follow from it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+from megatron_xalign.errors import WorkerError, XAlignError
+from megatron_xalign.formats.atomic import write_json
+
+_ERROR_FOLDER = "XALIGN_ERROR_FOLDER"
+_PR_SET_PDEATHSIG = 1
+
+
+def run_workers(arguments: list[str], processes: int, master_port: int | None = None) -> None:
+    """Run ``xalign ARGUMENTS`` in several processes and wait for all of them.
+
+    Args:
+        arguments: verb and options, as on the command line.
+        processes: how many; each gets one thread unless ``OMP_NUM_THREADS`` says otherwise.
+        master_port: TCP port of the rendezvous; a free one is taken if left out.
+
+    Raises:
+        WorkerError: the port is in use, or a worker failed; names the first cause.
+        KeyboardInterrupt: the job was interrupted; the workers have been stopped.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if master_port is not None:
+        check_port(master_port)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory(prefix="xalign-errors-") as errors:
+        os.environ[_ERROR_FOLDER] = errors
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=f"xalign-{os.getpid()}",
+            rdzv_backend="c10d", rdzv_endpoint=f"localhost:{master_port or 0}", max_restarts=0, monitor_interval=0.1,
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "megatron_xalign", *arguments)
+        except ChildFailedError as error:
+            raise WorkerError(_first_cause(error, Path(errors))) from None
+        except SignalException as error:
+            raise KeyboardInterrupt from error
+        finally:
+            del os.environ[_ERROR_FOLDER]
+
+
+def check_port(port: int) -> None:
+    """Raise WorkerError if a TCP port cannot be listened on."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("localhost", port))
+        except (OSError, OverflowError) as error:
+            raise WorkerError(
+                f"port {port} cannot be used ({error}); choose another with --master-port, "
+                "or leave that out and a free one is taken."
+            ) from None
+
+
+def enter_worker() -> None:
+    """Called first thing in a worker process: die with the parent, so that no orphan trains on."""
+    if _ERROR_FOLDER in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def report_failure(error: BaseException) -> None:
+    """Called in a failing worker: leave the reason where ``run_workers`` finds it; nothing outside a worker."""
+    folder = os.environ.get(_ERROR_FOLDER)
+    if folder and "RANK" in os.environ:
+        text = str(error) if isinstance(error, XAlignError) else "".join(traceback.format_exception(error))
+        expected = isinstance(error, XAlignError)
+        write_json(
+            Path(folder) / f"rank-{os.environ['RANK']}.json",
+            {"time": time.time(), "text": text, "expected": expected},
+        )
+
+
+def in_worker() -> bool:
+    """Whether this process was started by ``run_workers``."""
+    return _ERROR_FOLDER in os.environ and "RANK" in os.environ
+
+
+def _first_cause(error: object, folder: Path) -> str:
+    failures = getattr(error, "failures", {})
+    # The agent ends the survivors with SIGTERM; whoever died of another signal went first, and its peers' errors
+    # ("connection closed") only follow from that.
+    for rank, failure in sorted(failures.items()):
+        if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
+            name = signal.Signals(-failure.exitcode).name
+            reason = " (often the system's out-of-memory killer)" if name == "SIGKILL" else ""
+            return f"worker {rank} was killed by {name}{reason}; the other workers were stopped."
+    reports = []
+    for path in folder.glob("rank-*.json"):
+        reports.append((json.loads(path.read_text(encoding="utf-8")), path.stem.removeprefix("rank-")))
+    if reports:
+        # A setting that is wrong is wrong on every rank, and a broken connection is never the first cause.
+        report, rank = min(reports, key=lambda item: (not item[0]["expected"], item[0]["time"]))
+        return str(report["text"]) if report["expected"] else f"worker {rank} failed:\n{report['text']}"
+    rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
+    return f"worker {rank} ended with exit code {failure.exitcode} and left no message."

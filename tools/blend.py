@@ -1,0 +1,6 @@
+"""python tools/blend.py ...: the same as ``xalign blend ...``, for schedulers that want a script."""
+
+from megatron_xalign.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(verb="blend"))

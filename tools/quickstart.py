@@ -1,0 +1,6 @@
+"""python tools/quickstart.py ...: the same as ``xalign quickstart ...``, for schedulers that want a script."""
+
+from megatron_xalign.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(verb="quickstart"))
