@@ -1,0 +1,119 @@
+"""Config: YAML in, YAML out, overrides, and errors that name the setting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_xalign.config import (
+    CaptureConfig,
+    DataConfig,
+    MixtureConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    SourceConfig,
+    TrainingConfig,
+    read_config,
+    to_yaml,
+)
+from megatron_xalign.errors import ConfigError
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def read(folder: Path, text: str, *overrides: str) -> RunConfig:
+    return read_config(written(folder, text), overrides, RunConfig)
+
+
+def test_a_resolved_config_reads_back_equal(tmp_path: Path) -> None:
+    config = RunConfig(
+        name="päivä",
+        data=DataConfig(
+            sources=(SourceConfig(prefix="a"), SourceConfig(prefix="b", max_repeats=4.0)),
+            mixture=MixtureConfig(parallel_fraction=0.05, languages={"eng_Latn": 0.25, "fin_Latn": 0.75}),
+        ),
+        capture=CaptureConfig(probe_interval_steps=25),
+    )
+    assert read(tmp_path, to_yaml(config)) == config
+
+
+def test_an_override_beats_the_file_and_the_file_beats_the_default(tmp_path: Path) -> None:
+    config = read(tmp_path, "optimizer: {lr: 3e-3, min_lr: 1e-4}", "optimizer.min_lr=2e-4")
+    assert (config.optimizer.lr, config.optimizer.min_lr, config.optimizer.weight_decay) == (3e-3, 2e-4, 0.1)
+
+
+def test_an_override_reaches_into_a_list(tmp_path: Path) -> None:
+    config = read(tmp_path, "data: {sources: [{prefix: a}, {prefix: b}]}", "data.sources.1.max_repeats=3")
+    assert [source.max_repeats for source in config.data.sources] == [1.0, 3.0]
+
+
+def test_an_optional_group_can_be_switched_on_by_an_override(tmp_path: Path) -> None:
+    assert read(tmp_path, "").capture is None
+    assert read(tmp_path, "", "capture.stream=false").capture == CaptureConfig(stream=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("data: {mixture: {paralel_fraction: 0.1}}", "did you mean data.mixture.parallel_fraction?"),
+        ("data: {mixture: {parallel_fraction: 1.5}}", "data.mixture.parallel_fraction=1.5 is outside [0, 1]"),
+        ("data: {mixture: {parallel_fraction: .nan}}", "parallel_fraction=nan"),
+        ("data: {mixture: {parallel_fraction: five}}", "data.mixture.parallel_fraction='five' should be float"),
+        ("data: {mixture: {languages: {eng_Latn: 0.6, fin_Latn: 0.6}}}", "add up to 1.2"),
+        ("training: {train_steps: 1.5}", "training.train_steps=1.5 should be int"),
+        ("training: {train_steps: true}", "training.train_steps=True should be int"),
+        ("training: {train_steps: 0}", "train_steps=0 must be positive"),
+        ("training: {params_dtype: fp8}", "training.params_dtype='fp8' is not one of fp32, bf16"),
+        ("training: {global_batch_size: 10, micro_batch_size: 4}", "is not divisible by micro_batch_size=4"),
+        ("model: {hidden_size: 100, num_attention_heads: 6}", "hidden_size=100 is not divisible"),
+        ("model: 3", "model=3 should be a group of settings"),
+        ("parallel: {tensor_model_parallel_size: 4}", "num_attention_heads=6 is not divisible"),
+        ("capture: {probe_interval_steps: 30}", "save_interval_steps=50 is not a multiple"),
+        ("data: {sources: [{max_repeats: 2}]}", "data.sources.0.prefix is missing"),
+        ("[1, 2]", "holds a list"),
+        ("a: [1", "is not YAML"),
+    ],
+)
+def test_a_bad_setting_is_named_with_its_value(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, text)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimizer.lr", "is not of the form"),
+        ("optimizer.lr.peak=1", "lr is a value"),
+        ("data.sources.7.prefix=a", "7 is not an item number"),
+        ("seed=[1", "is not YAML"),
+    ],
+)
+def test_a_bad_override_is_named(tmp_path: Path, override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, "optimizer: {lr: 1e-3}\ndata: {sources: []}", override)
+    assert said in str(caught.value)
+
+
+def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        read_config(tmp_path / "none.yaml")
+
+
+def test_the_budget_is_steps_times_batch_times_sequence() -> None:
+    config = RunConfig(
+        training=TrainingConfig(train_steps=7, global_batch_size=12, micro_batch_size=4), data=DataConfig(seq_length=64)
+    )
+    assert (config.train_samples, config.train_tokens) == (84, 84 * 64)
+
+
+def test_derived_sizes_follow_megatron() -> None:
+    model = ModelConfig(hidden_size=96, num_attention_heads=6, num_query_groups=2)
+    assert (model.head_size, model.query_groups, ModelConfig().query_groups) == (16, 2, 6)
+    assert ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=3).model_parallel_size == 6

@@ -1,0 +1,109 @@
+"""Workers: a dead one ends the job in bounded time and is named; a used port is named."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_xalign.errors import WorkerError
+from megatron_xalign.launch import check_port
+
+# A stand-in for the xalign command: the workers import it instead of the real package's __main__.
+PRELUDE = """
+import os, signal, sys, time
+from megatron_xalign import launch
+from megatron_xalign.errors import ConfigError, WorkerError
+rank = int(os.environ.get("RANK", -1))
+"""
+
+
+def run_job(folder: Path, worker: str, processes: int = 2) -> tuple[str, float]:
+    """Run ``worker`` (Python source) under ``run_workers``; return what the WorkerError said and the seconds taken."""
+    package = folder / "megatron_xalign"
+    real = Path(__file__).resolve().parents[1] / "megatron_xalign"
+    package.mkdir()
+    for item in real.iterdir():
+        if item.name != "__main__.py":
+            (package / item.name).symlink_to(item)
+    body = textwrap.indent(textwrap.dedent(worker), "    ")
+    (package / "__main__.py").write_text(
+        f"{PRELUDE}\nlaunch.enter_worker()\ntry:\n{body}\nexcept Exception as error:\n"
+        "    launch.report_failure(error)\n    sys.exit(1)\n",
+        encoding="utf-8",
+    )
+    main = (
+        "from megatron_xalign import launch\n"
+        "from megatron_xalign.errors import WorkerError\n"
+        "if __name__ == '__main__':\n"
+        f"    try: launch.run_workers(['train'], {processes})\n"
+        "    except WorkerError as error: print('SAID', error)\n"
+        "    else: print('SAID nothing')\n"
+    )
+    (folder / "job.py").write_text(main, encoding="utf-8")
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "job.py"], cwd=folder, capture_output=True, text=True, timeout=150)
+    assert "SAID" in done.stdout, done.stderr
+    return done.stdout.split("SAID ", 1)[1], time.monotonic() - started
+
+
+@pytest.mark.distributed
+def test_workers_that_end_well_end_the_job_well(tmp_path: Path) -> None:
+    assert run_job(tmp_path, "pass")[0].strip() == "nothing"
+
+
+@pytest.mark.distributed
+def test_a_killed_worker_stops_the_others_and_is_named_as_the_first_cause(tmp_path: Path) -> None:
+    worker = """
+    other = os.path.join(os.environ["XALIGN_ERROR_FOLDER"], "pid")
+    if rank == 1:
+        open(other, "w").write(str(os.getpid()))
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    while not os.path.exists(other) or os.path.exists(f"/proc/{open(other).read()}/fd/0"):
+        pass
+    raise RuntimeError("connection closed by peer")  # what the survivor of a collective says, at the same moment
+    """
+    said, seconds = run_job(tmp_path, worker)
+    assert "worker 1 was killed by SIGKILL" in said
+    assert seconds < 90
+
+
+@pytest.mark.distributed
+def test_a_clear_error_of_one_worker_is_the_message_of_the_job(tmp_path: Path) -> None:
+    worker = """
+    if rank == 1:
+        raise ConfigError("lr=-1 must be positive.")
+    time.sleep(600)
+    """
+    said, seconds = run_job(tmp_path, worker)
+    assert said.strip() == "lr=-1 must be positive."
+    assert seconds < 90
+
+
+@pytest.mark.distributed
+def test_an_unexpected_error_comes_with_its_traceback(tmp_path: Path) -> None:
+    said, _ = run_job(tmp_path, "assert rank != 1, 'rank one is odd'\ntime.sleep(600)")
+    assert "worker 1 failed" in said
+    assert "rank one is odd" in said
+
+
+def test_a_port_in_use_is_named_before_anything_starts() -> None:
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(WorkerError, match=f"port {port} cannot be used"):
+            check_port(port)
+
+
+def test_a_free_port_passes() -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    check_port(port)
