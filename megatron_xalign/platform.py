@@ -73,9 +73,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             return func(args[0]).replace("torch.", "torch.cuda.", 1)
         if func is torch.Tensor.backward:
             # Torch leaves the mode while it runs an overridable function, and this one runs Megatron's own backward
-            # functions, which allocate on "cuda".
-            with self:
-                return func(*args, **kwargs)
+            # functions, which allocate on "cuda". torch.autograd.backward is what Tensor.backward calls.
+            return _backward(self, *args, **kwargs)
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
         if func is torch.Tensor.to:
@@ -89,6 +88,18 @@ def _set(module: object, name: str, value: object) -> None:
 
 def _patch_current_device() -> None:
     _set(torch.cuda, "current_device", lambda: CPU)
+
+
+def _backward(
+    mode: TorchFunctionMode,
+    tensor: torch.Tensor,
+    gradient: torch.Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
+    with mode:
+        torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
 
 
 # Each replacement is a function object of its own: torch's compiler files torch functions by identity and refuses the
@@ -224,9 +235,16 @@ def install(without: Collection[str] = ()) -> None:
         )
     if "megatron.core" in sys.modules:
         raise RuntimeError("the CPU backend must be installed before megatron.core is imported.")
-    # Both are true and expected here, and would greet every process of every job.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    warnings.filterwarnings("ignore", message=".*TransformerEngine.*not installed")
+    # True, expected here, and nothing the person running the job can change; each would greet them once per process.
+    for message in (
+        "Transformer Engine and Apex are not installed",
+        "Apex is not installed. Falling back to Torch Norm",
+        "absl.logging is not installed",
+        "full scope is deprecated",
+        "When using sequence parallelism it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
+        "`torch.distributed.[a-z_]*` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=message)
     for patch in PATCHES:
         if patch.name not in without:
             patch.apply()

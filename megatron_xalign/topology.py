@@ -173,9 +173,9 @@ def start(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
     except (dist.DistError, RuntimeError) as error:
         if world_size > 1 and _lost_a_peer(error):
             raise WorkerError(
-                f"process {rank} of {world_size} lost another process of this job, which ended or did not answer within "
-                f"parallel.distributed_timeout_seconds={parallel.distributed_timeout_seconds}; the first error in the "
-                f"logs of the other processes is the cause. ({str(error).splitlines()[0]})"
+                f"process {rank} of {world_size} lost another process of this job, which ended or did not answer "
+                f"within parallel.distributed_timeout_seconds={parallel.distributed_timeout_seconds}; the first error "
+                f"in the logs of the other processes is the cause. ({str(error).splitlines()[0]})"
             ) from error
         raise
     finally:
@@ -188,7 +188,7 @@ def _join(rank: int, world_size: int, device: torch.device, timeout_seconds: int
     timeout = timedelta(seconds=timeout_seconds)
     if world_size == 1:
         # No port is needed to talk to oneself.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if address is None or port is None:
@@ -217,7 +217,7 @@ def _lost_a_peer(error: BaseException) -> bool:
     return any(
         sign in text
         for sign in (
-            "connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "timed out after",
-            "gloo/transport", "socket timeout",
+            "connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting",
+            "timed out after", "gloo/transport", "socket timeout",
         )
     )

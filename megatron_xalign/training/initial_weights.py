@@ -1,0 +1,111 @@
+"""Initial weights that are a function of the seed and the parameter's name, not of the layout.
+
+Every rank draws the rows of the full matrix that it needs and keeps its shard, so a run at TP2 x PP2 starts from the
+same numbers as one on a single process, whatever the vocabulary is padded to.
+"""
+
+# R rows, C columns of a weight matrix, as in torch: [outputs, inputs]
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+
+from megatron_xalign.topology import Ranks
+
+ROWS_PER_DRAW = 64
+"""Rows drawn with one generator; a part of the definition of the initial weights, not to be tuned."""
+
+
+def normal_rows(seed: int, name: str, first_row: int, num_rows: int, num_columns: int) -> torch.Tensor:
+    """Rows of an endless standard normal matrix that ``seed`` and ``name`` define.
+
+    Args:
+        seed: seed of the run.
+        name: the parameter's global name.
+        first_row: first row wanted.
+        num_rows: how many.
+        num_columns: C; another C is another matrix.
+
+    Returns:
+        float32 [num_rows, C]; row r is the same whatever rows are asked for with it.
+    """
+    blocks = []
+    first_block, last_block = first_row // ROWS_PER_DRAW, -(-(first_row + num_rows) // ROWS_PER_DRAW)
+    for block in range(first_block, last_block):
+        digest = hashlib.sha256(f"{seed}/{name}/{num_columns}/{block}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        blocks.append(torch.randn(ROWS_PER_DRAW, num_columns, generator=generator))
+    skip = first_row - first_block * ROWS_PER_DRAW
+    return torch.cat(blocks)[skip : skip + num_rows]
+
+
+@torch.no_grad()
+def initialize(model: torch.nn.Module, seed: int, std: float, num_layers: int, tied: bool, ranks: Ranks) -> None:
+    """Fill this rank's shard of a ``GPTModel`` and mark its weights as Megatron's own initialisation would.
+
+    Matrices are normal with deviation ``std``, those that write into the residual stream (``linear_proj``,
+    ``linear_fc2``) with ``std / sqrt(2 * num_layers)``; norms are one.
+
+    Args:
+        model: an unwrapped ``GPTModel`` on the CPU.
+        seed: seed of the run.
+        std: standard deviation of the initial weights.
+        num_layers: layers of the whole model.
+        tied: whether input embedding and output projection are one matrix; the last stage then holds a copy.
+        ranks: which shard this is.
+
+    Raises:
+        ValueError: the model has a parameter that is none of those above.
+
+    Source: scaled initialisation of Radford et al. 2019, as in Megatron's ``scaled_init_method_normal``.
+    """
+    for name, weight in global_parameters(model):
+        if name.endswith("layernorm.weight"):
+            weight.fill_(1.0)
+            continue
+        rows, columns = weight.shape
+        name_drawn = "embedding.word_embeddings.weight" if tied and name == "output_layer.weight" else name
+        if name in ("embedding.word_embeddings.weight", "output_layer.weight") or name.endswith("linear_qkv.weight"):
+            drawn = normal_rows(seed, name_drawn, ranks.tensor_rank * rows, rows, columns) * std
+            dimension = 0
+        elif name.endswith("linear_fc1.weight"):
+            # Each rank holds [its part of the gate; its part of the rest] of the full [gate; rest].
+            half = rows // 2
+            parts = [
+                normal_rows(seed, name, start + ranks.tensor_rank * half, half, columns)
+                for start in (0, half * ranks.tensor_size)
+            ]
+            drawn = torch.cat(parts) * std
+            dimension = 0
+        elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            full = normal_rows(seed, name, 0, rows, columns * ranks.tensor_size)
+            drawn = full[:, ranks.tensor_rank * columns :][:, :columns] * (std / math.sqrt(2.0 * num_layers))
+            dimension = 1
+        else:
+            raise ValueError(f"no initial value is defined for the parameter {name}.")
+        weight.copy_(drawn)
+        # Gradient norms count a weight without these marks once per tensor-parallel group. Megatron sets them when it
+        # initialises (0.16) or always (0.19).
+        for mark, value in (("tensor_model_parallel", True), ("partition_dim", dimension), ("partition_stride", 1)):
+            setattr(weight, mark, value)
+
+
+def global_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """The parameters of one rank's unwrapped ``GPTModel`` with the names they have in the whole model.
+
+    ``decoder.layers.0`` of the second pipeline stage becomes ``decoder.layers.L``, L being its 0-based number in the
+    whole model.
+    """
+    layers: Any = model.get_submodule("decoder.layers")
+    named = []
+    for name, parameter in model.named_parameters():
+        head, separator, rest = name.partition("decoder.layers.")
+        if separator:
+            local, _, tail = rest.partition(".")
+            name = f"{head}{separator}{layers[int(local)].layer_number - 1}.{tail}"
+        named.append((name, parameter))
+    return named

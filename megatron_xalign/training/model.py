@@ -1,0 +1,179 @@
+"""Megatron-Core's GPT model as our configuration describes it, laid out, initialised and wrapped for training."""
+
+# B micro-batch, S sequence, V vocabulary
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any, Literal
+
+import torch
+
+from megatron_xalign.config import ModelConfig, ParallelConfig
+from megatron_xalign.errors import ConfigError
+from megatron_xalign.topology import Ranks
+from megatron_xalign.training.initial_weights import initialize
+from megatron_xalign.training.layers import CausalAttention, Norm
+
+ParamsDtype = Literal["fp32", "bf16"]
+Recompute = Literal["none", "full"]
+
+log = logging.getLogger(__name__)
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_size: int) -> int:
+    """Rows of the embedding: the vocabulary rounded up to a multiple of ``divisible_by * tensor_size``, as Megatron's.
+
+    Raises:
+        ValueError: a number is not positive.
+    """
+    if min(vocab_size, divisible_by, tensor_size) <= 0:
+        raise ValueError(f"{vocab_size=}, {divisible_by=} and {tensor_size=} must be positive.")
+    multiple = divisible_by * tensor_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def transformer_config(
+    config: ModelConfig, parallel: ParallelConfig, params_dtype: ParamsDtype, recompute: Recompute
+) -> Any:
+    """Megatron's ``TransformerConfig`` for a model of ours.
+
+    Raises:
+        ConfigError: the installed Megatron-Core has no field for something the model needs.
+    """
+    # Imported late, here and below: the CPU backend must be in place first.
+    from megatron.core.transformer import TransformerConfig
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[params_dtype]
+    settings: dict[str, Any] = {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.query_groups,
+        "kv_channels": config.head_size,
+        "normalization": config.normalization,
+        "layernorm_epsilon": config.layernorm_epsilon,
+        "init_method_std": config.init_method_std,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": params_dtype == "bf16",
+        # The loss of a micro-batch is a sum over tokens; gradients are divided by the tokens of the global batch.
+        "calculate_per_token_loss": True,
+        # training.initial_weights fills them.
+        "use_cpu_initialization": True,
+        "perform_initialization": False,
+        # Fused kernels need CUDA extensions, or a compiler at run time.
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        # Only waits for the device, for versions of torch long past.
+        "batch_p2p_sync": False,
+    }
+    if recompute == "full":
+        settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    known = {item.name for item in dataclasses.fields(TransformerConfig)}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        import megatron.core
+
+        raise ConfigError(
+            f"megatron-core {megatron.core.__version__} has no setting {', '.join(unknown)}; versions 0.16.1 to 0.19.x "
+            "are supported."
+        )
+    return TransformerConfig(**settings)
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    padded_vocab_size: int,
+    seq_length: int,
+    parallel: ParallelConfig,
+    params_dtype: ParamsDtype,
+    recompute: Recompute,
+    ranks: Ranks,
+    seed: int,
+) -> list[Any]:
+    """Build this rank's part of the model, with initial weights, wrapped for data-parallel training.
+
+    Args:
+        config: the network.
+        padded_vocab_size: V, rows of the embedding; see the function of that name.
+        seq_length: S, tokens of a training sample.
+        parallel: the layout; must be the one ``ranks`` was made from.
+        params_dtype: type of weights and activations; main weights and gradients are float32 either way.
+        recompute: ``full`` recomputes every layer's forward in the backward pass.
+        ranks: this process's place, from ``topology.start``.
+        seed: seed of the initial weights, which depend on it and on parameter names alone.
+
+    Returns:
+        Model chunks of this pipeline stage (one), each Megatron's ``DistributedDataParallel`` around, for bf16, its
+        ``Float16Module`` around its ``GPTModel``.
+
+    Raises:
+        ConfigError: the model does not fit the layout or the installed Megatron-Core.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.module import Float16Module
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+    if padded_vocab_size % ranks.tensor_size:
+        raise ConfigError(
+            f"a vocabulary of {padded_vocab_size} rows cannot be divided over tensor_model_parallel_size="
+            f"{ranks.tensor_size}; pad it with model.make_vocab_size_divisible_by."
+        )
+    megatron_config = transformer_config(config, parallel, params_dtype, recompute)
+    model = GPTModel(
+        config=megatron_config,
+        transformer_layer_spec=TransformerBlockSubmodules(
+            layer_specs=[_layer_spec(config)] * get_num_layers_to_build(megatron_config), layer_norm=Norm
+        ),
+        vocab_size=padded_vocab_size,
+        max_sequence_length=seq_length,
+        pre_process=ranks.is_first_stage,
+        post_process=ranks.is_last_stage,
+        share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=config.rotary_base,
+    )
+    initialize(
+        model, seed, config.init_method_std, config.num_layers, not config.untie_embeddings_and_output_weights, ranks
+    )
+    model.to(ranks.device)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    log.info("process %d holds %d parameters.", ranks.rank, num_parameters)
+    if params_dtype == "bf16":
+        model = Float16Module(megatron_config, model)
+    wrapped = DistributedDataParallel(
+        config=megatron_config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.use_distributed_optimizer
+        ),
+        module=model,
+    )
+    return [wrapped]
+
+
+def _layer_spec(config: ModelConfig) -> Any:
+    """Megatron's own layer with our norm and attention in it."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    spec = get_gpt_layer_local_spec(normalization=config.normalization)
+    spec.submodules.input_layernorm = Norm
+    spec.submodules.pre_mlp_layernorm = Norm
+    spec.submodules.self_attention.submodules.core_attention = CausalAttention
+    return spec
