@@ -121,7 +121,12 @@ class Shard:
     @property
     def file_name(self) -> str:
         """Name of the shard's file."""
-        return f"shard-tp{self.tensor_rank}-pp{self.pipeline_rank}.safetensors"
+        return self.name_of(self.tensor_rank, self.pipeline_rank)
+
+    @staticmethod
+    def name_of(tensor_rank: int, pipeline_rank: int) -> str:
+        """Name of the file of a rank's shard."""
+        return f"shard-tp{tensor_rank}-pp{pipeline_rank}.safetensors"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,293 @@
+"""Held-out sentences through the model as it is now: one mean vector per sentence, layer and tensor, and its loss.
+
+A sentence is read as a document of its own: the end-of-document token in front of it, as in training, where every
+document follows one; then its tokens, which alone are counted. Rows are padded on the right, where a causal model
+cannot see the padding from the sentence.
+"""
+
+# D documents (sentences), B sentences of one batch, S padded length, T tokens in the order of [S, B]
+# L layers, F ffn width, M residual rows of this process, H hidden width, K languages
+
+# ruff: noqa: N815 - arrays carry their axes in their names
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_xalign.batch import NO_LANGUAGE, Batch
+from megatron_xalign.capture.moments import count_positive, one_hot_by_language
+from megatron_xalign.capture.recorder import MicroBatch, Recorder
+from megatron_xalign.errors import CorpusError, XAlignError
+from megatron_xalign.topology import Ranks
+
+POOLING = "mean over the counted tokens"
+COUNTED_TOKENS = (
+    "tokens of text; not end-of-document (the one in front of a probe sentence either), template or padding tokens"
+)
+
+ForwardOnly = Callable[[list[Batch]], "list[torch.Tensor] | None"]
+"""Runs batches through the model without gradients; gives float32 [B, S] losses per token on the last stage."""
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeSentence:
+    """One side of a translation pair, tokenised."""
+
+    pair_id: str
+    """Sentences of one id are translations of one another."""
+    language: str
+    """Language code."""
+    tokens: np.ndarray
+    """int [T]: token ids, without end-of-document or other special tokens."""
+    num_bytes: int
+    """UTF-8 bytes of its text."""
+
+    @property
+    def document_id(self) -> str:
+        """Names the sentence among all others."""
+        return f"{self.pair_id}:{self.language}"
+
+
+@dataclass(frozen=True)
+class ProbeBatch:
+    """Sentences of about one length, padded to a common one."""
+
+    batch: Batch
+    """What goes into the model."""
+    rows_B: torch.Tensor
+    """int64 [B]: which sentence of the probe each sample is."""
+
+
+def probe_sha256(sentences: Sequence[ProbeSentence]) -> str:
+    """Identity of a probe: ids, languages and tokens in their order, as hexadecimal text."""
+    digest = hashlib.sha256()
+    for sentence in sentences:
+        digest.update(f"{sentence.pair_id}\0{sentence.language}\0{len(sentence.tokens)}\0{sentence.num_bytes}\0".encode())
+        digest.update(np.ascontiguousarray(sentence.tokens, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def build_probe_batches(
+    sentences: Sequence[ProbeSentence],
+    languages: Sequence[str],
+    eod_id: int,
+    batch_tokens: int,
+    max_length: int,
+    multiple_of: int = 1,
+) -> list[ProbeBatch]:
+    """Pad sentences into batches, shortest first, so that little of the work is padding.
+
+    Args:
+        sentences: the probe.
+        languages: codes that language ids index.
+        eod_id: end-of-document token, put in front of each sentence.
+        batch_tokens: padded tokens of one batch at most (one sentence is always taken).
+        max_length: longest sequence the model is trained on.
+        multiple_of: what the padded length must be a multiple of.
+
+    Raises:
+        CorpusError: a sentence is empty, too long for the model, or of an unknown language.
+    """
+    for sentence in sentences:
+        if sentence.language not in languages:
+            raise CorpusError(
+                f"probe sentence {sentence.pair_id!r} is in {sentence.language}; the run's languages are "
+                f"{', '.join(languages)}."
+            )
+        if len(sentence.tokens) == 0:
+            raise CorpusError(f"probe sentence {sentence.pair_id!r} in {sentence.language} has no tokens; remove it.")
+        if len(sentence.tokens) + 1 > max_length:
+            raise CorpusError(
+                f"probe sentence {sentence.pair_id!r} in {sentence.language} has {len(sentence.tokens)} tokens; with "
+                f"an end-of-document token in front, data.seq_length={max_length} allows {max_length - 1}. Remove "
+                "or shorten it."
+            )
+    # A multiple of 8 whatever the layout: batches, and with them the results, are the same at any tensor-parallel size.
+    multiple_of = math.lcm(8, multiple_of)
+    order = sorted(range(len(sentences)), key=lambda row: (len(sentences[row].tokens), row))
+    batches: list[ProbeBatch] = []
+    group: list[int] = []
+    for row in order:
+        length = _padded(len(sentences[row].tokens) + 1, multiple_of)
+        if group and (len(group) + 1) * length > batch_tokens:
+            batches.append(_pad(group, sentences, languages, eod_id, multiple_of))
+            group = []
+        group.append(row)
+    if group:
+        batches.append(_pad(group, sentences, languages, eod_id, multiple_of))
+    return batches
+
+
+def _padded(length: int, multiple_of: int) -> int:
+    return -(-length // multiple_of) * multiple_of
+
+
+def _pad(
+    rows: Sequence[int], sentences: Sequence[ProbeSentence], languages: Sequence[str], eod_id: int, multiple_of: int
+) -> ProbeBatch:
+    length = _padded(max(len(sentences[row].tokens) for row in rows) + 1, multiple_of)
+    shape = (len(rows), length)
+    tokens, labels = np.full(shape, eod_id, np.int64), np.full(shape, eod_id, np.int64)
+    loss_mask = np.zeros(shape, np.float32)
+    language_ids, label_language_ids = np.full(shape, NO_LANGUAGE, np.int8), np.full(shape, NO_LANGUAGE, np.int8)
+    for sample, row in enumerate(rows):
+        count = len(sentences[row].tokens)
+        language = languages.index(sentences[row].language)
+        tokens[sample, 1 : count + 1] = sentences[row].tokens
+        labels[sample, :count] = sentences[row].tokens
+        loss_mask[sample, :count] = 1.0
+        language_ids[sample, 1 : count + 1] = language
+        label_language_ids[sample, :count] = language
+    batch = Batch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        loss_mask=torch.from_numpy(loss_mask),
+        position_ids=torch.arange(length).expand(shape).contiguous(),
+        language_ids=torch.from_numpy(language_ids),
+        label_language_ids=torch.from_numpy(label_language_ids),
+        source_ids=torch.full(shape, -1, dtype=torch.int16),
+    )
+    return ProbeBatch(batch, torch.tensor(rows, dtype=torch.int64))
+
+
+class SentenceMeans:
+    """Means over each sentence's tokens, of the layers and columns of this process; a ``recorder.Listener``.
+
+    Args:
+        batches: what goes through the model, in this order.
+        num_sentences: D.
+        num_languages: K.
+        recorder: what this process holds.
+        device: where the means are kept.
+    """
+
+    wants_residual = True
+
+    def __init__(
+        self,
+        batches: Sequence[ProbeBatch],
+        num_sentences: int,
+        num_languages: int,
+        recorder: Recorder,
+        device: torch.device,
+    ) -> None:
+        layers, width = len(recorder.layers), recorder.neurons[1] - recorder.neurons[0]
+        self.neuron_mean_DLF = torch.zeros(num_sentences, layers, width, device=device)
+        """float32 [D, L, F]; zero for sentences that other data-parallel ranks read."""
+        self.residual_mean_DMH = torch.zeros(
+            num_sentences, len(recorder.residual_rows), recorder.hidden_size, device=device
+        )
+        """float32 [D, M, H]; under sequence parallelism this rank's tokens' part of the mean."""
+        self.gate_positive_KLF = torch.zeros(num_languages, layers, width, dtype=torch.int64, device=device)
+        """int64 [K, L, F]: counted tokens at which the gate is above zero."""
+        self._batches = batches
+        self._num_languages = num_languages
+
+    def take_neurons(self, row: int, act_SBF: torch.Tensor, micro_batch: MicroBatch) -> None:
+        """Mean post-activations of one batch and layer."""
+        rows_B = self._rows(micro_batch)
+        self.neuron_mean_DLF[rows_B, row] = _weighted_sum(act_SBF, _weights(micro_batch)).float()
+
+    def take_gates(self, row: int, gate_SBF: torch.Tensor, micro_batch: MicroBatch) -> None:
+        """Signs of the gates of one batch and layer."""
+        self._rows(micro_batch)
+        one_hot = one_hot_by_language(micro_batch.batch.language_ids, self._num_languages)
+        self.gate_positive_KLF[:, row] += count_positive(one_hot, gate_SBF)
+
+    def take_residual(self, row: int, hidden_SBH: torch.Tensor, micro_batch: MicroBatch) -> None:
+        """Mean residual stream of one batch and row."""
+        rows_B = self._rows(micro_batch)
+        weights_BS = _weights(micro_batch)[:, micro_batch.positions]
+        self.residual_mean_DMH[rows_B, row] = _weighted_sum(hidden_SBH, weights_BS).float()
+
+    def _rows(self, micro_batch: MicroBatch) -> torch.Tensor:
+        # The loop may have moved the batch to the device, so it is known by its place in the order and by its content.
+        expected = self._batches[micro_batch.number] if micro_batch.number < len(self._batches) else None
+        tokens = micro_batch.batch.tokens
+        if expected is None or not torch.equal(expected.batch.tokens.to(tokens.device), tokens):
+            raise XAlignError(
+                f"capture is shown a micro-batch that is not number {micro_batch.number} of the probe; no other "
+                "forward pass may run during a probe."
+            )
+        return expected.rows_B.to(tokens.device)
+
+
+def _weights(micro_batch: MicroBatch) -> torch.Tensor:
+    """float64 [B, S]: weight of each token in its sentence's mean."""
+    counted_BS = (micro_batch.batch.language_ids >= 0).double()
+    return counted_BS / counted_BS.sum(1, keepdim=True)
+
+
+def _weighted_sum(values_SBX: torch.Tensor, weights_BS: torch.Tensor) -> torch.Tensor:
+    """float64 [B, X]."""
+    return torch.bmm(weights_BS[:, None, :], values_SBX.transpose(0, 1).double())[:, 0]
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a probe measured, of the layers and columns of this process, on the CPU."""
+
+    neuron_mean_DLF: np.ndarray
+    """float32 [D, L, F]."""
+    residual_mean_DMH: np.ndarray
+    """float32 [D, M, H]: all coordinates."""
+    gate_positive_KLF: np.ndarray
+    """int64 [K, L, F]."""
+    nll_D: np.ndarray | None
+    """float64 [D]: nats of each sentence; None where the loss is not computed (all but the last pipeline stage)."""
+
+
+def run_probe(
+    recorder: Recorder,
+    forward_only: ForwardOnly,
+    batches: Sequence[ProbeBatch],
+    num_sentences: int,
+    num_languages: int,
+    ranks: Ranks,
+) -> ProbeResult:
+    """Put the probe through the model; every process of the job calls it.
+
+    Data-parallel ranks share the batches between them; each ends up with the results of all.
+    """
+    own = list(batches)[ranks.data_rank :: ranks.data_size]
+    means = SentenceMeans(own, num_sentences, num_languages, recorder, ranks.device)
+    losses: list[torch.Tensor] | None = []
+    recorder.start(means)
+    try:
+        if own:
+            losses = forward_only([item.batch for item in own])
+        recorder.stop(micro_batches=len(own))
+    finally:
+        recorder.close()
+    nll_D = None
+    if ranks.is_last_stage:
+        if losses is None or len(losses) != len(own):
+            raise XAlignError(f"the probe of {len(own)} batches gave {len(losses or [])} losses.")
+        total_D = torch.zeros(num_sentences, dtype=torch.float64, device=ranks.device)
+        for item, loss_BS in zip(own, losses, strict=True):
+            mask_BS = item.batch.loss_mask.to(loss_BS.device)
+            # Not a product: a loss at a padded position may be anything.
+            sums_B = torch.where(mask_BS > 0, loss_BS.double(), 0.0).sum(1)
+            total_D[item.rows_B.to(ranks.device)] = sums_B.to(ranks.device)
+        nll_D = ranks.sum_over(total_D, "data").cpu().numpy()
+    # Sentences of other data-parallel ranks are zero here, so these sums are exact. A layer at a time: bounded copies.
+    if ranks.data_size > 1:
+        for row in range(means.neuron_mean_DLF.shape[1]):
+            means.neuron_mean_DLF[:, row] = ranks.sum_over(means.neuron_mean_DLF[:, row], "data")
+    for row in range(means.residual_mean_DMH.shape[1]):
+        if recorder.sequence_parallel:
+            means.residual_mean_DMH[:, row] = ranks.sum_over(means.residual_mean_DMH[:, row], "tensor")
+        if ranks.data_size > 1:
+            means.residual_mean_DMH[:, row] = ranks.sum_over(means.residual_mean_DMH[:, row], "data")
+    return ProbeResult(
+        neuron_mean_DLF=means.neuron_mean_DLF.cpu().numpy(),
+        residual_mean_DMH=means.residual_mean_DMH.cpu().numpy(),
+        gate_positive_KLF=ranks.sum_over(means.gate_positive_KLF, "data").cpu().numpy(),
+        nll_D=nll_D,
+    )
