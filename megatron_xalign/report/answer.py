@@ -1,0 +1,204 @@
+"""The answer in words, computed from the numbers, and what each measure means.
+
+The wording claims no more than the numbers carry: intervals are over probe sentences, so with one run per fraction
+nothing is said about what another seed would give.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_xalign.formats.results import Row
+from megatron_xalign.report.series import Run, Series
+from megatron_xalign.report.wording import amount, language_name, layer_words, listing, pair_name, percent, thousands
+
+MAX_PAIRS_TOLD = 3
+
+
+def answer(series: Series) -> list[str]:
+    """The main sentence first, then what it supports and what it does not."""
+    sentences = [_retrieved(series, pair) for pair in series.pairs[:MAX_PAIRS_TOLD]]
+    if len(series.pairs) > MAX_PAIRS_TOLD:
+        sentences.append(f"The other {len(series.pairs) - MAX_PAIRS_TOLD} language pairs are in the table below.")
+    for pair in series.pairs[:MAX_PAIRS_TOLD]:
+        sentences += _supported(series, pair)
+    sentences.append(_uncertainty(series))
+    return sentences
+
+
+def _retrieved(series: Series, pair: str) -> str:
+    parts = []
+    for fraction in sorted({run.fraction for run in series.runs}, reverse=True):
+        rows = [best_retrieval(run, pair, series.step) for run in series.runs if run.fraction == fraction]
+        values = [row.value for row in rows]
+        found = percent(float(np.mean(values)))
+        if len(rows) > 1:
+            found += f" (mean of {len(rows)} runs, {percent(min(values))} to {percent(max(values))})"
+        elif rows[0].low is not None and rows[0].high is not None:
+            found += f" (95{chr(160)}% interval {100 * rows[0].low:.1f} to {percent(rows[0].high)})"
+        parts.append(f"{found} with {percent(fraction, digits=None)} parallel data")
+    tokens = {amount(count) for count in series.tokens}
+    return (
+        f"At step {thousands(series.step)} ({' / '.join(sorted(tokens))} tokens), retrieval of {pair_name(pair)} "
+        f"translations at the best layer is {listing(parts)}; chance is {percent(series.chance)}."
+    )
+
+
+def _supported(series: Series, pair: str) -> list[str]:
+    rows = [(run, best_retrieval(run, pair, series.step)) for run in series.runs]
+    about = f"{pair_name(pair)}: " if len(series.pairs) > 1 else ""
+    sentences = []
+    least, most = rows[0], rows[-1]
+    if least[0].fraction < most[0].fraction and series.seeds_per_fraction == 1:
+        sentences.append(about + _compared(most, least))
+    blind = [run.label for run, row in rows if (row.low if row.low is not None else row.value) <= series.chance]
+    if blind:
+        which = "No run is" if len(blind) == len(rows) else f"The run with {listing(blind)} parallel data is not"
+        sentences.append(f"{about}{which} above chance.")
+    shared = [(run, run.at("retrieval", -1, pair, series.step)) for run in series.runs]
+    told = [f"{percent(row.value)} ({run.label})" for run, row in shared if row is not None]
+    if told:
+        sentences.append(
+            f"{about}The embedding output, where words have not met each other yet, already retrieves {listing(told)}: "
+            "that much comes from the words the two sides share (names, numbers, loans)."
+        )
+    return sentences
+
+
+def _compared(most: tuple[Run, Row], least: tuple[Run, Row]) -> str:
+    more, less = f"{most[0].label} parallel data", least[0].label
+    a, b = most[1], least[1]
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        word = "higher" if a.value > b.value else "lower" if a.value < b.value else "the same"
+        return f"With {more} retrieval is {word} than with {less}; no interval was computed, so chance is not excluded."
+    if a.low > b.high:
+        return f"With {more} retrieval is higher than with {less}; the two intervals do not overlap."
+    if a.high < b.low:
+        return f"With {more} retrieval is lower than with {less}; the two intervals do not overlap."
+    return f"The intervals of {most[0].label} and {less} overlap: these sentences do not tell the two runs apart."
+
+
+def _uncertainty(series: Series) -> str:
+    fractions = {run.fraction for run in series.runs}
+    if len(series.runs) == 1:
+        return (
+            "This is one training run: it shows how alignment went in it, and can say nothing about what parallel data "
+            "changes; the interval is over probe sentences, not over training seeds."
+        )
+    if len(fractions) == 1:
+        return "All runs have the same share of parallel data; how they differ is not about parallel data."
+    if series.seeds_per_fraction == 1:
+        return (
+            "There is one training run per fraction: the intervals are over probe sentences only, and say nothing "
+            "about what another training seed would give."
+        )
+    return (
+        "Several runs share a fraction; their range shows how much training itself varies, the intervals how much the "
+        "choice of probe sentences does."
+    )
+
+
+def best_retrieval(run: Run, pair: str, step: int) -> Row:
+    """Retrieval of a pair at the layer where the run retrieves best."""
+    row = run.at("retrieval", run.best_layer(pair, step), pair, step)
+    assert row is not None
+    return row
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One measure in plain words."""
+
+    name: str
+    meaning: str
+    chance: str
+
+
+def explanations(series: Series) -> list[Explanation]:
+    """What every measure in the report means, and what chance alone gives."""
+    share = percent(1 / len(series.languages), 0)
+    known = {
+        "retrieval": (
+            "Translations retrieved",
+            "Each sentence looks for its translation among all probe sentences of the other language, by the cosine "
+            "between averaged residual-stream vectors; the share that find it, mean of both directions. Ties count as "
+            "misses. The best layer is chosen on the same sentences, for every run alike.",
+            f"1 in {thousands(series.num_pairs)}, {percent(series.chance)}; the best of several layers is a little "
+            "above it.",
+        ),
+        "mexa": (
+            "MEXA",
+            "Stricter: the share of translation pairs that are closer to each other than either is to any other "
+            "sentence.",
+            f"below {percent(series.chance)}.",
+        ),
+        "cosine_gap": (
+            "Cosine, translation minus random",
+            "Mean cosine between translations, minus the mean over all pairs of sentences. The second part is "
+            "taken off because vectors of a language model all point in similar directions.",
+            "0.",
+        ),
+        "cosine_centred_gap": (
+            "The same, languages centred",
+            "As above, after each language's own mean vector is taken off, so that what marks the language as such "
+            "no longer counts.",
+            "0.",
+        ),
+        "cka": (
+            "Linear CKA",
+            "How alike two languages arrange their sentences relative to each other, from 0 to 1; it does not matter "
+            "whether they lie in the same place.",
+            "what shuffled pairs give (dashed): above 0 when there are few sentences for the width of the model.",
+        ),
+        "pwcca": (
+            "PWCCA",
+            "How well the directions one language uses can be predicted from the other's, weighted by how much they "
+            "matter, from 0 to 1.",
+            "what shuffled pairs give (dashed): far above 0 when there are few sentences for the width of the model.",
+        ),
+        "ap_count_0.9": (
+            "Neurons with AP at least 0.9",
+            "A neuron is one coordinate of an MLP's post-activation. Average precision says how well its mean "
+            "activation alone ranks the sentences of one language above all others; 1 is a perfect detector.",
+            f"a neuron blind to language scores near {share}, the language's share of the sentences; the dashed line "
+            "is the number expected when the language labels are shuffled.",
+        ),
+        "lape_count": (
+            "LAPE neurons",
+            "Neurons whose probability of being active is concentrated on few languages (the lowest entropies, a fixed "
+            "share of all neurons), listed under the languages they are active for.",
+            "a fixed share of all neurons is chosen whatever they do, so compare layers and languages, not totals.",
+        ),
+        "silhouette": (
+            "Silhouette",
+            "How far apart the languages lie in the space of sentence vectors: near 1 they form separate clouds, near "
+            "0 they are mixed.",
+            "about 0.",
+        ),
+        "nll_per_token": (
+            "Loss on held-out sentences, per token",
+            "Mean negative log-probability of each token. Languages cannot be compared by it, since a "
+            "tokenizer cuts some into more pieces; runs can.",
+            "the logarithm of the vocabulary's size before training.",
+        ),
+        "bits_per_byte": (
+            "Loss per byte",
+            "The same, in bits and divided by the sentences' bytes; free of the tokenizer.",
+            "8 bits at worst, for text without any structure.",
+        ),
+    }
+    return [Explanation(*words) for measure, words in known.items() if series.has(measure)]
+
+
+def languages_in_words(series: Series) -> str:
+    """``English (eng_Latn) and Finnish (fin_Latn)``."""
+    return listing(
+        code if language_name(code) == code else f"{language_name(code)} ({code})" for code in series.languages
+    )
+
+
+def best_layers_in_words(series: Series, pair: str) -> str:
+    """``layer 2 (30 %) and layer 3 (0 %)``."""
+    return listing(f"{layer_words(run.best_layer(pair, series.step))} ({run.label})" for run in series.runs)

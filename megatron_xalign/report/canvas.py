@@ -1,0 +1,234 @@
+"""From panels to files: one drawing as inline SVG that follows the page's colours, and as PNG, PDF and CSV.
+
+The page places panels side by side or, on a phone, one below the other; PNG and PDF hold all of them in one image.
+Colours are drawn as the light palette's hex codes and replaced by CSS variables in the SVG, so the same drawing is
+readable in light and dark.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_xalign.errors import ConfigError
+from megatron_xalign.formats.atomic import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, GRID = "#1d232a", "#5a6572", "#d5dae0"
+_FIXED = {"ink": (INK, "#e8ecf1"), "muted": (MUTED, "#a3aebb"), "grid": (GRID, "#343c46")}
+
+# Okabe and Ito, made to be told apart with any colour vision; middling brightness, so they serve light and dark.
+_LANGUAGES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#8c564b", "#7f7f00")
+
+# No parallel data is grey; then viridis, the dark end for the largest share on white, the bright end on black.
+_NO_PARALLEL = ("#868f99", "#8d97a3")
+_LIGHT_RAMP, _DARK_RAMP = (0.64, 0.04), (0.42, 0.97)
+
+Size = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One entry of a legend."""
+
+    label: str
+    color: str
+    """Hex code of the light palette."""
+    kind: Literal["line", "dashed", "band", "dot"] = "line"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes."""
+
+    title: str
+    draw: Callable[[Axes], None]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure of the report: its panels, the numbers drawn, and its words."""
+
+    name: str
+    """File name without ending."""
+    title: str
+    panels: Sequence[Panel]
+    num_columns: int
+    legend: Sequence[Mark]
+    header: Sequence[str]
+    """Columns of the CSV."""
+    records: Sequence[Sequence[Any]]
+    """Rows of the CSV: every number that is drawn."""
+    alt: str
+    """What the figure shows, with its key numbers, for readers who do not see it."""
+    caption: str
+    panel_size: Size = (4.2, 3.0)
+    """Width and height of one panel, inches."""
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours of one report, the same for a fraction in every figure."""
+
+    fractions: dict[float, tuple[str, str]]
+    """Parallel fraction -> (light, dark) hex code."""
+    languages: dict[str, str]
+    """Language code -> hex code, for both."""
+    variables: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """CSS variable -> (light, dark) hex code."""
+
+    def fraction(self, fraction: float) -> str:
+        """The light palette's colour of a fraction."""
+        return self.fractions[fraction][0]
+
+    def variable(self, color: str) -> str:
+        """The CSS value that stands for a light-palette colour in the page."""
+        for name, (light, _) in self.variables.items():
+            if light == color:
+                return f"var(--{name})"
+        return color
+
+    def css(self) -> str:
+        """Declarations of every variable, for light and dark."""
+        light = "".join(f"--{name}:{pair[0]};" for name, pair in self.variables.items())
+        dark = "".join(f"--{name}:{pair[1]};" for name, pair in self.variables.items())
+        return f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
+
+
+def build_palette(fractions: Sequence[float], languages: Sequence[str]) -> Palette:
+    """Give every fraction and language its colour; a larger share of parallel data is a stronger colour."""
+    positive = sorted({fraction for fraction in fractions if fraction > 0})
+    ramp: dict[float, tuple[str, str]] = {0.0: _NO_PARALLEL}
+    for index, fraction in enumerate(positive):
+        place = index / (len(positive) - 1) if len(positive) > 1 else 1.0
+        ramp[fraction] = (_viridis(_LIGHT_RAMP, place), _viridis(_DARK_RAMP, place))
+    by_language = {code: _LANGUAGES[index % len(_LANGUAGES)] for index, code in enumerate(languages)}
+    variables = dict(_FIXED)
+    for index, fraction in enumerate(sorted(ramp)):
+        variables[f"f{index}"] = ramp[fraction]
+    return Palette(ramp, by_language, variables)
+
+
+def _viridis(ends: tuple[float, float], place: float) -> str:
+    matplotlib = import_matplotlib()
+    from matplotlib.colors import to_hex
+
+    return str(to_hex(matplotlib.colormaps["viridis"](ends[0] + place * (ends[1] - ends[0]))))
+
+
+def import_matplotlib() -> Any:
+    """matplotlib, or an error that says how to get it."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError(
+            "the report needs matplotlib, which is not installed: pip install 'megatron-xalign[report]'"
+        ) from None
+    return matplotlib
+
+
+def drawing_style() -> AbstractContextManager[None]:
+    """The look of every figure, as a context manager; global settings are left as they were."""
+    matplotlib = import_matplotlib()
+    style: AbstractContextManager[None] = matplotlib.rc_context(
+        {
+            "font.family": "DejaVu Sans", "font.size": 9.0, "text.color": INK, "text.parse_math": False,
+            "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 8.0,
+            "axes.titlecolor": INK, "axes.labelcolor": MUTED, "axes.labelsize": 8.5,
+            "axes.edgecolor": MUTED, "axes.linewidth": 0.8, "axes.facecolor": "none",
+            "axes.spines.top": False, "axes.spines.right": False,
+            "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.8,
+            "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelsize": 8.0, "ytick.labelsize": 8.0,
+            "xtick.major.size": 3.0, "ytick.major.size": 0.0, "legend.frameon": False, "legend.fontsize": 9.0,
+            "lines.linewidth": 2.0, "lines.markersize": 4.0, "lines.solid_capstyle": "round",
+            "svg.fonttype": "none", "pdf.fonttype": 42, "figure.dpi": 100, "savefig.facecolor": "none",
+        }
+    )  # fmt: skip
+    return style
+
+
+def draw_panel(panel: Panel, picture: Picture, index: int, palette: Palette) -> str:
+    """One panel as an ``<svg>`` element without outside references, ids of its own and the page's colours."""
+    matplotlib = import_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=picture.panel_size, layout="constrained")
+    _draw_into(figure.add_subplot(), panel)
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": f"{picture.name}-{index}"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return _inline(text.getvalue(), f"{picture.name}-{index}-", palette)
+
+
+def write_files(picture: Picture, folder: Path) -> None:
+    """Write NAME.png (200 dots an inch), NAME.pdf and NAME.csv."""
+    figure = compose(picture)
+    figure.savefig(folder / f"{picture.name}.png", dpi=200, facecolor="white")
+    # A creation date would make two reports of the same numbers differ.
+    figure.savefig(folder / f"{picture.name}.pdf", facecolor="white", metadata={"CreationDate": None})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(picture.header)
+    writer.writerows(picture.records)
+    write_text(folder / f"{picture.name}.csv", text.getvalue())
+
+
+def compose(picture: Picture) -> Figure:
+    """All panels and the legend in one figure, for paper."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    num_rows = -(-len(picture.panels) // picture.num_columns)
+    width, height = picture.panel_size
+    figure = Figure(figsize=(width * picture.num_columns, height * num_rows + 0.5), layout="constrained")
+    for index, panel in enumerate(picture.panels):
+        _draw_into(figure.add_subplot(num_rows, picture.num_columns, index + 1), panel)
+    shapes = {"line": ("-", ""), "dashed": ("--", ""), "dot": ("", "o")}
+    handles: list[Any] = [
+        Patch(facecolor=mark.color, alpha=0.25)
+        if mark.kind == "band"
+        else Line2D([], [], color=mark.color, linestyle=shapes[mark.kind][0], marker=shapes[mark.kind][1])
+        for mark in picture.legend
+    ]
+    figure.legend(
+        handles=handles, labels=[mark.label for mark in picture.legend], loc="outside upper left",
+        ncols=max(1, min(len(handles), int(1.6 * picture.num_columns))),
+    )
+    return figure
+
+
+def _draw_into(axes: Axes, panel: Panel) -> None:
+    axes.set_title(panel.title)
+    panel.draw(axes)
+
+
+def _inline(svg: str, prefix: str, palette: Palette) -> str:
+    """Fit a standalone SVG into a page: no prologue, no metadata, ids of its own, colours as variables."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    # Inside tags only: what a run is called must come out as it is.
+    svg = re.sub(r"<[^>]*>", lambda tag: _inline_tag(tag.group(), prefix, palette), svg)
+    opening, rest = svg.split(">", 1)
+    opening = re.sub(r'\s(?:width|height|version|xmlns(?::\w+)?)="[^"]*"', "", opening)
+    return f'{opening} aria-hidden="true" focusable="false">{rest}'.strip()
+
+
+def _inline_tag(tag: str, prefix: str, palette: Palette) -> str:
+    tag = tag.replace("xlink:href=", "href=")
+    tag = re.sub(r'\bid="', f'id="{prefix}', tag)
+    tag = re.sub(r'href="#', f'href="#{prefix}', tag)
+    tag = re.sub(r"url\(#", f"url(#{prefix}", tag)
+    for name, (light, _) in palette.variables.items():
+        tag = tag.replace(light, f"var(--{name})")
+    # Six decimals of a point are below what any screen shows, and half of the page's size.
+    return re.sub(r"(\d+\.\d{2})\d+", r"\1", tag)

@@ -1,0 +1,396 @@
+"""What each figure of the report shows: panels, numbers, legend and words, from the measures of a series.
+
+Runs are told apart by colour, and one fraction has one colour in every figure. Solid lines are measurements, dashed
+lines are what chance gives, bands are 95 % bootstrap intervals over sentences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from megatron_xalign.formats.results import Row
+from megatron_xalign.report.canvas import INK, MUTED, Mark, Palette, Panel, Picture
+from megatron_xalign.report.panels import (
+    MAX_POINTS,
+    Line,
+    layer_panel,
+    loss_panel,
+    projection_panel,
+    survival_panel,
+    training_panel,
+)  # fmt: skip
+from megatron_xalign.report.series import Series, projection
+from megatron_xalign.report.wording import (
+    language_name,
+    layer_words,
+    listing,
+    pair_name,
+    percent,
+    thousands,
+)  # fmt: skip
+
+HEADER = ("run", "parallel_fraction", "step", "consumed_tokens", "measure", "layer", "subject", "value", "low", "high")
+MAX_PAIRS_DRAWN = 6
+
+
+def build_figures(series: Series, palette: Palette) -> dict[str, Picture]:
+    """Every figure whose measures are there, by name, in reader's order."""
+    pictures = [
+        alignment_over_training(series, palette),
+        alignment_by_layer(series, palette),
+        neurons_by_layer(series, palette),
+        neurons_over_training(series, palette),
+        ap_distribution(series, palette),
+        projections(series, palette),
+        training_loss(series, palette),
+        probe_loss(series, palette),
+    ]
+    return {picture.name: picture for picture in pictures if picture is not None}
+
+
+def alignment_over_training(series: Series, palette: Palette) -> Picture:
+    """Retrieval, cosine gap and CKA against tokens seen, a row of panels for every language pair."""
+    panels: list[Panel] = []
+    drawn: list[Line] = []
+    summary: list[str] = []
+    for pair in series.pairs[:MAX_PAIRS_DRAWN]:
+        best = {run.name: run.best_layer(pair, series.step) for run in series.runs}
+        about = f" · {pair_name(pair)}" if len(series.pairs) > 1 else ""
+        retrieval = [(run, run.curve("retrieval", best[run.name], pair)) for run in series.runs]
+        gap = [(run, run.curve("cosine_gap", best[run.name], pair)) for run in series.runs]
+        cka = [(run, run.curve("cka", best[run.name], pair)) for run in series.runs]
+        permuted = [(run, run.curve("cka_permuted", best[run.name], pair)) for run in series.runs]
+        panels += [
+            Panel(f"Translations retrieved{about}", training_panel(
+                series, palette, retrieval, "translations found (%)", scale=100, chance=series.chance, floor=0)),
+            Panel(f"Cosine, translation minus random{about}", training_panel(
+                series, palette, gap, "difference of cosines", chance=0.0)),
+            Panel(f"Linear CKA{about}", training_panel(
+                series, palette, cka, "similarity (0 to 1)", dashed=permuted, floor=0)),
+        ]  # fmt: skip
+        drawn += retrieval + gap + cka + permuted
+        summary.append(
+            f"{pair_name(pair)} at step {thousands(series.step)}: "
+            + "; ".join(
+                f"{run.label} parallel data {percent(_at(rows, series.step))} retrieved"
+                f" (chance {percent(series.chance)})"
+                for run, rows in retrieval
+            )
+        )
+    left_out = len(series.pairs) - MAX_PAIRS_DRAWN
+    layers = "; ".join(
+        f"{pair_name(pair)}: "
+        + listing(f"{layer_words(run.best_layer(pair, series.step))} ({run.label})" for run in series.runs)
+        for pair in series.pairs[:MAX_PAIRS_DRAWN]
+    )
+    return Picture(
+        name="alignment_over_training",
+        title="Alignment over training",
+        panels=panels,
+        num_columns=3,
+        legend=[
+            *_run_marks(series, palette),
+            Mark("95 % interval over sentences", MUTED, "band"),
+            Mark("chance, or permuted pairs", INK, "dashed"),
+        ],
+        header=HEADER,
+        records=_records(drawn),
+        alt="Alignment over training. " + ". ".join(summary) + ".",
+        caption=f"Every run at the layer where it retrieves best at step {thousands(series.step)}: {layers}."
+        + (f" The other {left_out} pairs are in the results of each run." if left_out > 0 else ""),
+    )
+
+
+def alignment_by_layer(series: Series, palette: Palette) -> Picture:
+    """The similarity measures over layers at the last step."""
+    wanted = [
+        ("retrieval", "", "Translations retrieved", "translations found (%)"),
+        ("mexa", "", "MEXA", "score (%)"),
+        ("cosine_gap", "", "Cosine, translation minus random", "difference of cosines"),
+        ("cosine_centred_gap", "", "The same, languages centred", "difference of cosines"),
+        ("cka", "cka_permuted", "Linear CKA", "similarity (0 to 1)"),
+        ("pwcca", "pwcca_permuted", "PWCCA", "similarity (0 to 1)"),
+    ]
+    panels: list[Panel] = []
+    drawn: list[Line] = []
+    for pair in series.pairs[:MAX_PAIRS_DRAWN]:
+        about = f" · {pair_name(pair)}" if len(series.pairs) > 1 else ""
+        for measure, baseline, title, unit in wanted:
+            if not series.has(measure):
+                continue
+            lines = [(run, run.by_layer(measure, pair, series.step)) for run in series.runs]
+            dashed = [(run, run.by_layer(baseline, pair, series.step)) for run in series.runs] if baseline else []
+            scale = 100.0 if "%" in unit else 1.0
+            chance = series.chance if measure == "retrieval" else 0.0 if measure.endswith("gap") else None
+            floor = None if measure.endswith("gap") else 0.0
+            panels.append(Panel(title + about, layer_panel(
+                series, palette, lines, unit, scale=scale, chance=chance, dashed=dashed, floor=floor)))  # fmt: skip
+            drawn += lines + dashed
+    best = [
+        f"{run.label} parallel data: best at {layer_words(run.best_layer(pair, series.step))} for {pair_name(pair)}"
+        for pair in series.pairs[:MAX_PAIRS_DRAWN]
+        for run in series.runs
+    ]
+    return Picture(
+        name="alignment_by_layer",
+        title="Alignment by layer",
+        panels=panels,
+        num_columns=3,
+        legend=[
+            *_run_marks(series, palette),
+            Mark("95 % interval over sentences", MUTED, "band"),
+            Mark("chance, or permuted pairs", INK, "dashed"),
+        ],
+        header=HEADER,
+        records=_records(drawn),
+        alt=f"Alignment by layer at step {thousands(series.step)}. " + "; ".join(best) + ".",
+        caption=f"Step {thousands(series.step)}. emb is the output of the embedding, before any layer has mixed words:"
+        " what it retrieves, shared words alone retrieve.",
+    )
+
+
+def neurons_by_layer(series: Series, palette: Palette) -> Picture:
+    """Language-specific neurons over layers at the last step, a column of panels for every language."""
+    panels: list[Panel] = []
+    drawn: list[Line] = []
+    summary: list[str] = []
+    for measure, baseline, title in (("ap_count_0.9", "ap_null_0.9", "AP at least 0.9"), ("lape_count", "", "LAPE")):
+        if not series.has(measure):
+            continue
+        for language in series.languages:
+            lines = [(run, run.by_layer(measure, language, series.step)) for run in series.runs]
+            null = [(run, run.by_layer(baseline, language, series.step)) for run in series.runs] if baseline else []
+            panels.append(Panel(f"{title} · {language_name(language)}", layer_panel(
+                series, palette, lines, "neurons", dashed=null, floor=0)))  # fmt: skip
+            drawn += lines + null
+            summary += [
+                f"{title}, {language_name(language)}, {run.label} parallel data: "
+                f"{thousands(sum(row.value for row in rows))} neurons, most in layer "
+                f"{max(rows, key=lambda row: row.value).layer}"
+                for run, rows in lines
+                if rows
+            ]
+    return Picture(
+        name="neurons_by_layer",
+        title="Language-specific neurons by layer",
+        panels=panels,
+        num_columns=max(2, min(len(series.languages), 4)),
+        legend=[*_run_marks(series, palette), Mark("expected under permuted labels", INK, "dashed")],
+        header=HEADER,
+        records=_records(drawn),
+        alt=f"Language-specific neurons by layer at step {thousands(series.step)}. " + "; ".join(summary) + ".",
+        caption=f"Step {thousands(series.step)}; every layer has {_width(series)} neurons.",
+    )
+
+
+def neurons_over_training(series: Series, palette: Palette) -> Picture:
+    """How many language-specific neurons the whole model has, against tokens seen."""
+    panels: list[Panel] = []
+    drawn: list[Line] = []
+    summary: list[str] = []
+    for measure, baseline, title in (("ap_count_0.9", "ap_null_0.9", "AP at least 0.9"), ("lape_count", "", "LAPE")):
+        for language in series.languages:
+            lines = [(run, run.curve(measure, None, language)) for run in series.runs]
+            if not any(rows for _, rows in lines):
+                continue
+            null = [(run, run.curve(baseline, None, language)) for run in series.runs] if baseline else []
+            panels.append(Panel(f"{title} · {language_name(language)}", training_panel(
+                series, palette, lines, "neurons", dashed=null, floor=0)))  # fmt: skip
+            drawn += lines + null
+            summary += [
+                f"{title}, {language_name(language)}, {run.label} parallel data: {thousands(rows[-1].value)}"
+                for run, rows in lines
+                if rows
+            ]
+    return Picture(
+        name="neurons_over_training",
+        title="Language-specific neurons over training",
+        panels=panels,
+        num_columns=max(2, min(len(series.languages), 4)),
+        legend=[*_run_marks(series, palette), Mark("expected under permuted labels", INK, "dashed")],
+        header=HEADER,
+        records=_records(drawn),
+        alt="Language-specific neurons in the whole model, last value. " + "; ".join(summary) + ".",
+        caption="All layers together.",
+    )
+
+
+def ap_distribution(series: Series, palette: Palette) -> Picture | None:
+    """How many neurons reach each average precision, for every language; None if the scores were not kept."""
+    if not all("ap_scores" in run.results.arrays and run.last_step == series.step for run in series.runs):
+        return None
+    thresholds = np.linspace(0.0, 1.0, 101)
+    panels: list[Panel] = []
+    records: list[tuple[Any, ...]] = []
+    for index, language in enumerate(series.languages):
+        curves = []
+        for run in series.runs:
+            scores = np.sort(run.results.arrays["ap_scores"][index], axis=None)
+            counts = len(scores) - np.searchsorted(scores, thresholds.astype(scores.dtype), side="left")
+            curves.append((run, counts))
+            records += [
+                (run.name, run.fraction, series.step, language, f"{threshold:.2f}", int(count))
+                for threshold, count in zip(thresholds, counts, strict=True)
+            ]
+        panels.append(Panel(language_name(language), survival_panel(series, palette, curves, thresholds)))
+    return Picture(
+        name="ap_distribution",
+        title="How specific neurons are",
+        panels=panels,
+        num_columns=max(2, min(len(series.languages), 4)),
+        legend=[
+            *_run_marks(series, palette),
+            Mark("share of sentences in the language (a neuron blind to language)", INK, "dashed"),
+        ],
+        header=("run", "parallel_fraction", "step", "language", "ap_at_least", "neurons"),
+        records=records,
+        alt=f"Number of neurons whose average precision reaches each threshold, at step {thousands(series.step)}.",
+        caption=f"Step {thousands(series.step)}; logarithmic scale.",
+    )
+
+
+def projections(series: Series, palette: Palette) -> Picture | None:
+    """Probe sentences on two principal components: runs down, layers across; None if there is no projection."""
+    found = [(run, projection(run, series.step)) for run in series.runs]
+    layers = _spread_layers(series.num_layers)
+    panels: list[Panel] = []
+    records: list[tuple[Any, ...]] = []
+    summary: list[str] = []
+    for run, arrays in found:
+        if arrays is None:
+            return None
+        coordinates, explained, languages = arrays
+        for layer in layers:
+            points, ratio = coordinates[layer + 1], explained[layer + 1]
+            silhouette = run.at("silhouette", layer, "", series.step)
+            panels.append(Panel(f"{run.label} · {_short_layer(layer)}", projection_panel(
+                series, palette, points, ratio, languages, silhouette)))  # fmt: skip
+            records += [
+                (run.name, run.fraction, series.step, layer, document, series.languages[code], float(x), float(y))
+                for document, (code, (x, y)) in enumerate(zip(languages.tolist(), points, strict=True))
+            ]
+            if silhouette is not None:
+                summary.append(f"{run.label} parallel data, {layer_words(layer)}: silhouette {silhouette.value:.2f}")
+    shown = min(MAX_POINTS, series.num_pairs)
+    return Picture(
+        name="projections",
+        title="Where sentences lie",
+        panels=panels,
+        num_columns=len(layers),
+        legend=[Mark(language_name(code), palette.languages[code], "dot") for code in series.languages],
+        header=("run", "parallel_fraction", "step", "layer", "sentence", "language", "pc1", "pc2"),
+        records=records,
+        alt=f"Principal components of sentence representations at step {thousands(series.step)}, coloured by language. "
+        + "; ".join(summary) + ".",
+        caption=f"Step {thousands(series.step)}; {thousands(shown)} sentences a language. Axes give the share of the "
+        "variance each component explains; every panel has axes of its own. Silhouette: near 1 the languages lie "
+        "apart, near 0 they are mixed.",
+        panel_size=(2.7, 2.6),
+    )  # fmt: skip
+
+
+def training_loss(series: Series, palette: Palette) -> Picture:
+    """Loss on the training text, in all and by language."""
+    panels: list[Panel] = []
+    records: list[tuple[Any, ...]] = []
+    for subject in ("", *series.languages):
+        curves = []
+        for run in series.runs:
+            points = [
+                (line["step"], line["consumed_tokens"], value)
+                for line in run.metrics
+                if (value := _loss(line, subject)) is not None
+            ]
+            curves.append((run, points))
+            records += [(run.name, run.fraction, step, tokens, subject, value) for step, tokens, value in points]
+        if any(points for _, points in curves):
+            title = f"Training text · {language_name(subject)}" if subject else "Training text"
+            panels.append(Panel(title, loss_panel(series, palette, curves)))
+    return Picture(
+        name="training_loss",
+        title="Training loss",
+        panels=panels,
+        num_columns=min(3, len(panels)),
+        legend=_run_marks(series, palette),
+        header=("run", "parallel_fraction", "step", "consumed_tokens", "language", "loss"),
+        records=records,
+        alt="Training loss, last logged value. "
+        + "; ".join(f"{run.label} parallel data: {run.metrics[-1]['loss']:.3f} nats per token" for run in series.runs)
+        + ".",
+        caption="Mean over each logging interval, weighted by tokens.",
+    )
+
+
+def probe_loss(series: Series, palette: Palette) -> Picture:
+    """Loss on the held-out sentences by language, per token and per byte."""
+    panels: list[Panel] = []
+    drawn: list[Line] = []
+    summary: list[str] = []
+    for measure, title, unit in (
+        ("nll_per_token", "Held out, per token", "nats per token"),
+        ("bits_per_byte", "Held out, per byte", "bits per byte"),
+    ):
+        if not series.has(measure):
+            continue
+        for language in series.languages:
+            lines = [(run, run.curve(measure, None, language)) for run in series.runs]
+            panels.append(Panel(f"{title} · {language_name(language)}", training_panel(series, palette, lines, unit)))
+            drawn += lines
+            summary += [
+                f"{language_name(language)}, {run.label} parallel data: {rows[-1].value:.3f} {unit}"
+                for run, rows in lines
+                if rows
+            ]
+    return Picture(
+        name="probe_loss",
+        title="Loss on held-out sentences",
+        panels=panels,
+        num_columns=max(2, min(len(series.languages), 4)),
+        legend=_run_marks(series, palette),
+        header=HEADER,
+        records=_records(drawn),
+        alt="Loss on held-out sentences, last value. " + "; ".join(summary) + ".",
+        caption="The sentences of the probe, which no run is trained on. Tokens differ in length between languages, "
+        "bytes do not depend on the tokenizer.",
+    )
+
+
+def _run_marks(series: Series, palette: Palette) -> list[Mark]:
+    return [Mark(f"{run.label} parallel data", palette.fraction(run.fraction)) for run in series.runs]
+
+
+def _records(lines: Iterable[Line]) -> list[tuple[Any, ...]]:
+    """Each drawn row once, as the CSV has it."""
+    once = {
+        (run.name, run.fraction, row.step, row.consumed_tokens, row.measure, row.layer, row.subject, row.value,
+         row.low, row.high)
+        for run, rows in lines
+        for row in rows
+    }  # fmt: skip
+    return sorted(once, key=lambda record: (record[4], record[6], record[1], record[0], record[2], record[5] or 0))
+
+
+def _loss(line: dict[str, Any], language: str) -> float | None:
+    return line.get("loss_by_language", {}).get(language) if language else line["loss"]
+
+
+def _at(rows: list[Row], step: int) -> float:
+    return next(row.value for row in rows if row.step == step)
+
+
+def _width(series: Series) -> str:
+    width = series.runs[0].results.context.get("ffn_hidden_size")
+    return thousands(width) if isinstance(width, int) else "equally many"
+
+
+def _short_layer(layer: int) -> str:
+    return "emb" if layer < 0 else f"layer {layer}"
+
+
+def _spread_layers(num_layers: int) -> list[int]:
+    """The embedding output and up to three layers: a third in, two thirds in, the last."""
+    picked = {round(share * num_layers) - 1 for share in (1 / 3, 2 / 3, 1)}
+    return [-1, *sorted(layer for layer in picked if layer >= 0)]

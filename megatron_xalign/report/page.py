@@ -1,0 +1,128 @@
+"""One self-contained page about a series of runs, and every figure beside it as PNG, PDF and CSV.
+
+```
+OUT/index.html        styles and figures inside, no script, no request to anywhere
+OUT/figures/NAME.png NAME.pdf NAME.csv
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_xalign import __version__
+from megatron_xalign.errors import ConfigError
+from megatron_xalign.formats.atomic import read_json, whole_folder, write_text
+from megatron_xalign.progress import progress_bar
+from megatron_xalign.report import answer, tables
+from megatron_xalign.report.canvas import build_palette, draw_panel, drawing_style, write_files
+from megatron_xalign.report.figures import build_figures
+from megatron_xalign.report.series import Series, read_series
+from megatron_xalign.report.wording import amount, listing, percent, thousands
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+
+def write_report(
+    run_folders: Sequence[Path],
+    out: Path,
+    *,
+    title: str = "Parallel data and cross-lingual alignment",
+    commands: Sequence[str] = (),
+    corpus: Path | None = None,
+    hf: Mapping[str, Path] | None = None,
+) -> Path:
+    """Write the report of a series.
+
+    Args:
+        run_folders: 1 to 8 run folders with ``analysis/`` inside; the order does not matter.
+        out: folder to write; ``out/figures`` is replaced, other files in it stay.
+        title: heading of the page.
+        commands: what to type to make all of this again, one line each.
+        corpus: ``corpus.json`` or the folder that holds it.
+        hf: Hugging Face folder by run name, where a run was converted.
+
+    Returns:
+        ``out/index.html``, the last file written.
+
+    Raises:
+        FormatError: a piece of a run is missing or unreadable, or the runs cannot be compared (see ``read_series``).
+        ConfigError: matplotlib or jinja2 is not installed, or the number of runs is not 1 to 8.
+    """
+    template = _template()
+    series = read_series([Path(folder) for folder in run_folders])
+    corpus_facts = None
+    if corpus is not None:
+        corpus_facts = read_json(corpus / "corpus.json" if corpus.is_dir() else corpus)
+    palette = build_palette([run.fraction for run in series.runs], series.languages)
+    out = Path(out)
+    with drawing_style(), whole_folder(out / "figures") as folder:
+        pictures = build_figures(series, palette)
+        drawn = {}
+        with progress_bar(len(pictures), "report", " figures") as bar:
+            for name, picture in pictures.items():
+                write_files(picture, folder)
+                drawn[name] = [draw_panel(panel, picture, index, palette) for index, panel in enumerate(picture.panels)]
+                bar.update(1)
+    page = template.render(
+        title=title,
+        series=series,
+        pictures=pictures,
+        drawn=drawn,
+        palette=palette,
+        style=_file("page.css"),
+        answer=answer.answer(series),
+        languages=answer.languages_in_words(series),
+        explanations=answer.explanations(series),
+        tables=tables,
+        commands=list(commands),
+        corpus=corpus_facts,
+        hf=dict(hf or {}),
+        notes=_notes(series),
+        fractions=listing(dict.fromkeys(percent(run.fraction, digits=None) for run in series.runs)),
+        tokens=" / ".join(dict.fromkeys(amount(count) for count in series.tokens)),
+        thousands=thousands,
+        version=__version__,
+        now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    write_text(out / "index.html", page)
+    return out / "index.html"
+
+
+def _notes(series: Series) -> list[str]:
+    """What a reader must know before comparing: runs that went on, measures that were not taken."""
+    notes = [
+        f"{run.name} was analysed up to step {thousands(run.last_step)}; tables and layer figures compare all runs at "
+        f"step {thousands(series.step)}, the last one they share."
+        for run in series.runs
+        if run.last_step != series.step
+    ]
+    notes += [
+        f"{run.name}: the mixture that was built differs from the one asked for; see the audit."
+        for run in series.runs
+        if not run.audit["holds"]
+    ]
+    if not series.has("lape_count"):
+        notes.append("LAPE neurons were not counted: the runs kept no sums over training text (capture.stream).")
+    return notes
+
+
+def _file(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def _template() -> Template:
+    try:
+        import jinja2
+    except ImportError:
+        raise ConfigError(
+            "the report needs jinja2, which is not installed: pip install 'megatron-xalign[report]'"
+        ) from None
+    environment: Any = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.from_string(_file("page.html"))

@@ -1,0 +1,223 @@
+"""What is drawn inside one pair of axes: lines over training or over layers, distributions, projections.
+
+Each function returns a ``draw(axes)`` for a ``canvas.Panel``, which is called once for the page and once for the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_xalign.formats.results import Row
+from megatron_xalign.report.canvas import INK, Palette
+from megatron_xalign.report.series import Run, Series
+from megatron_xalign.report.wording import amount, layer_name, percent, thousands
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MAX_POINTS = 150
+"""Sentences drawn per language in one projection; the CSV holds all of them."""
+
+Line = tuple[Run, list[Row]]
+Draw = Callable[["Axes"], None]
+
+def training_panel(
+    series: Series,
+    palette: Palette,
+    lines: Sequence[Line],
+    unit: str,
+    *,
+    scale: float = 1.0,
+    chance: float | None = None,
+    dashed: Sequence[Line] = (),
+    floor: float | None = None,
+) -> Draw:
+    def draw(axes: Axes) -> None:
+        _draw_lines(axes, series, palette, lines, dashed, _tokens, scale, chance)
+        _token_axis(axes, series)
+        _value_axis(axes, unit, floor)
+
+    return draw
+
+
+def layer_panel(
+    series: Series,
+    palette: Palette,
+    lines: Sequence[Line],
+    unit: str,
+    *,
+    scale: float = 1.0,
+    chance: float | None = None,
+    dashed: Sequence[Line] = (),
+    floor: float | None = None,
+) -> Draw:
+    def draw(axes: Axes) -> None:
+        _draw_lines(axes, series, palette, lines, dashed, _layer, scale, chance)
+        first = min((row.layer for _, rows in lines for row in rows if row.layer is not None), default=0)
+        stride = max(1, -(-series.num_layers // 8))
+        ticks = ([-1] if first < 0 else []) + list(range(0, series.num_layers, stride))
+        axes.set_xticks(ticks, [layer_name(layer) for layer in ticks])
+        axes.set_xlim(first - 0.3, series.num_layers - 0.7)
+        axes.set_xlabel("layer")
+        _value_axis(axes, unit, floor)
+
+    return draw
+
+
+def survival_panel(
+    series: Series, palette: Palette, curves: Sequence[tuple[Run, np.ndarray]], thresholds: np.ndarray
+) -> Draw:
+    def draw(axes: Axes) -> None:
+        for run, counts in curves:
+            shown = counts > 0
+            color = palette.fraction(run.fraction)
+            axes.plot(thresholds[shown], counts[shown], color=color, linestyle=_dash(series, run))
+        axes.axvline(1.0 / len(series.languages), color=INK, linestyle="--", linewidth=1.0)
+        axes.set_yscale("log")
+        axes.set_xlim(0.0, 1.0)
+        axes.set_xlabel("average precision at least")
+        axes.set_ylabel("neurons")
+        axes.yaxis.set_major_formatter(_formatter(lambda value: thousands(value)))
+        axes.yaxis.set_minor_formatter(_formatter(lambda value: ""))
+
+    return draw
+
+
+def projection_panel(
+    series: Series,
+    palette: Palette,
+    points: np.ndarray,
+    ratio: np.ndarray,
+    languages: np.ndarray,
+    silhouette: Row | None,
+) -> Draw:
+    def draw(axes: Axes) -> None:
+        for index, language in enumerate(series.languages):
+            own = points[languages == index][:MAX_POINTS]
+            axes.plot(
+                own[:, 0], own[:, 1], linestyle="", marker="o", markersize=3.2, markeredgewidth=0, alpha=0.6,
+                color=palette.languages[language],
+            )  # fmt: skip
+        axes.grid(False)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.margins(0.08)
+        axes.set_xlabel(f"PC 1 ({percent(float(ratio[0]), 0)})")
+        axes.set_ylabel(f"PC 2 ({percent(float(ratio[1]), 0)})")
+        if silhouette is not None:
+            axes.text(
+                1.0, -0.05, f"silhouette {silhouette.value:.2f}", transform=axes.transAxes, ha="right", va="top",
+                color=INK, fontsize=8,
+            )  # fmt: skip
+            axes.xaxis.set_label_coords(0.0, -0.045)
+            axes.xaxis.label.set_horizontalalignment("left")
+
+    return draw
+
+
+def loss_panel(
+    series: Series, palette: Palette, curves: Sequence[tuple[Run, list[tuple[int, int, float]]]]
+) -> Draw:
+    def draw(axes: Axes) -> None:
+        for run, points in curves:
+            axes.plot(
+                [tokens for _, tokens, _ in points], [value for _, _, value in points],
+                color=palette.fraction(run.fraction), linestyle=_dash(series, run), linewidth=1.6,
+            )  # fmt: skip
+        _token_axis(axes, series)
+        _value_axis(axes, "nats per token", None)
+
+    return draw
+
+
+def _draw_lines(
+    axes: Axes,
+    series: Series,
+    palette: Palette,
+    lines: Sequence[Line],
+    dashed: Sequence[Line],
+    place: Callable[[Row], float],
+    scale: float,
+    chance: float | None,
+) -> None:
+    for run, rows in dashed:
+        x, y = [place(row) for row in rows], [scale * row.value for row in rows]
+        axes.plot(x, y, color=palette.fraction(run.fraction), linestyle="--", linewidth=1.1)
+    if chance is not None:
+        axes.axhline(scale * chance, color=INK, linestyle="--", linewidth=1.1)
+    for run, rows in lines:
+        color = palette.fraction(run.fraction)
+        bands = [(place(row), row.low, row.high) for row in rows if row.low is not None and row.high is not None]
+        if bands:
+            x = [at for at, _, _ in bands]
+            low, high = [scale * low for _, low, _ in bands], [scale * high for _, _, high in bands]
+            axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+        x, y = [place(row) for row in rows], [scale * row.value for row in rows]
+        axes.plot(x, y, color=color, linestyle=_dash(series, run), marker="o" if len(rows) <= 16 else "")
+
+
+def _tokens(row: Row) -> float:
+    return row.consumed_tokens
+
+
+def _layer(row: Row) -> float:
+    assert row.layer is not None
+    return row.layer
+
+
+_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.5, 1, 1.5)))
+# Runs that share a fraction share its colour, so the stroke tells them apart.
+
+
+def _dash(series: Series, run: Run) -> Any:
+    same = [other.name for other in series.runs if other.fraction == run.fraction]
+    return _DASHES[same.index(run.name) % len(_DASHES)]
+
+
+def _token_axis(axes: Axes, series: Series) -> None:
+    """Tokens below, steps above where one step is as many tokens in every run."""
+    axes.set_xlabel("tokens seen")
+    axes.xaxis.set_major_locator(_locator())
+    axes.xaxis.set_major_formatter(_formatter(lambda value: "0" if value == 0 else amount(value)))
+    per_step = {run.config.training.global_batch_size * run.config.data.seq_length for run in series.runs}
+    if len(per_step) == 1:
+        steps: Any = axes.secondary_xaxis("top", functions=_ratio(per_step.pop()))
+        steps.xaxis.set_major_locator(_locator())
+        steps.xaxis.set_major_formatter(_formatter(lambda value: thousands(value)))
+        steps.tick_params(length=0, pad=1, labelsize=7.0)
+        steps.spines["top"].set_visible(False)
+        steps.set_xlabel("step", fontsize=7.0, labelpad=2)
+
+
+def _ratio(size: int) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    return (lambda value: np.asarray(value) / size), (lambda value: np.asarray(value) * size)
+
+
+def _value_axis(axes: Axes, unit: str, floor: float | None) -> None:
+    axes.set_ylabel(unit)
+    axes.yaxis.set_major_formatter(_formatter(_plain))
+    if floor is not None:
+        top = axes.get_ylim()[1]
+        axes.set_ylim(floor, top if top > floor else floor + 1)
+
+
+def _formatter(write: Callable[[float], str]) -> Any:
+    from matplotlib.ticker import FuncFormatter
+
+    return FuncFormatter(lambda value, _: write(value))
+
+
+def _locator() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10])
+
+
+def _plain(value: float) -> str:
+    """A tick without more digits than it needs, and with thousands separators."""
+    if abs(value) >= 1000:
+        return thousands(value)
+    return f"{value:.4g}".replace("-", "\u2212")

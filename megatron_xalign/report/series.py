@@ -1,0 +1,331 @@
+"""The runs of one series, read from their folders and checked to be comparable.
+
+A report compares runs that differ in the share of parallel data. Everything else that would make a comparison
+meaningless (another model size, other languages, other probe sentences) is an error here, not a footnote there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from megatron_xalign.config import RunConfig
+from megatron_xalign.errors import ConfigError, FormatError, XAlignError
+from megatron_xalign.formats.atomic import read_json
+from megatron_xalign.formats.results import Results, Row, read_results
+from megatron_xalign.formats.run_folder import RunFolder
+from megatron_xalign.report.wording import percent
+
+Read = TypeVar("Read")
+
+REQUIRED_MEASURES = ("retrieval", "cosine_gap", "cka", "ap_count_0.9", "nll_per_token")
+"""Without these there is no central picture; every other measure may be left out by the analysis, in all runs alike."""
+
+_SHAPE = ("languages", "num_layers", "hidden_size", "ffn_hidden_size", "num_pairs", "pooling", "probe_sha256")
+"""Context entries that must agree before two runs may share a figure."""
+
+MAX_RUNS = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the series with everything the report says about it."""
+
+    name: str
+    """Unique in the series."""
+    label: str
+    """What legends call it: the parallel fraction, with the name where two runs share a fraction."""
+    folder: RunFolder
+    """Where it lies."""
+    config: RunConfig
+    """Its resolved config."""
+    facts: dict[str, Any]
+    """``run.json``."""
+    audit: dict[str, Any]
+    """``audit.json``."""
+    metrics: list[dict[str, Any]]
+    """Lines of ``metrics.jsonl``, one a step, ascending."""
+    results: Results
+    """What ``xalign analyze`` measured."""
+    rows: dict[tuple[str, int | None, str], list[Row]] = field(repr=False)
+    """``results.rows`` by (measure, layer, subject), each ascending in step."""
+
+    @property
+    def fraction(self) -> float:
+        """The parallel fraction that was asked for."""
+        return self.config.data.mixture.parallel_fraction
+
+    @property
+    def last_step(self) -> int:
+        """Newest step that was analysed."""
+        return self.results.steps[-1]
+
+    @property
+    def wall_seconds(self) -> float:
+        """Training time of the steps that count: the sum of the logged intervals."""
+        return float(sum(line.get("seconds", 0.0) for line in self.metrics))
+
+    def curve(self, measure: str, layer: int | None, subject: str) -> list[Row]:
+        """A number over training; empty if it was not measured."""
+        return self.rows.get((measure, layer, subject), [])
+
+    def at(self, measure: str, layer: int | None, subject: str, step: int) -> Row | None:
+        """One number, or None if it was not measured."""
+        return next((row for row in self.curve(measure, layer, subject) if row.step == step), None)
+
+    def by_layer(self, measure: str, subject: str, step: int) -> list[Row]:
+        """A number over layers, the embedding output first; empty if it was not measured."""
+        found = [
+            row
+            for (name, layer, about), rows in self.rows.items()
+            if name == measure and about == subject and layer is not None
+            for row in rows
+            if row.step == step
+        ]
+        return sorted(found, key=_layer)
+
+    def best_layer(self, pair: str, step: int) -> int:
+        """The layer that retrieves most translations of a pair at a step; the lower one of equals.
+
+        Raises:
+            FormatError: retrieval of this pair was not measured there.
+        """
+        rows = self.by_layer("retrieval", pair, step)
+        if not rows:
+            raise FormatError(
+                f"run {self.name}: {self.folder.analysis / 'results.json'} has no retrieval of {pair} at step {step}; "
+                f"run `xalign analyze {self.folder.path}` again."
+            )
+        return _layer(max(rows, key=lambda row: (row.value, -_layer(row))))
+
+
+@dataclass(frozen=True)
+class Series:
+    """Runs that may be compared, ascending in parallel fraction."""
+
+    runs: list[Run]
+    """At least one."""
+    languages: list[str]
+    """Codes, in the order of the runs' language ids."""
+    pairs: list[str]
+    """Language pairs ``a-b`` that were compared."""
+    num_layers: int
+    """Transformer layers."""
+    num_pairs: int
+    """Probe sentences per language; retrieval by chance is one over this."""
+    step: int
+    """Newest step that every run was analysed at: where "the last step" is read in all tables."""
+
+    @property
+    def chance(self) -> float:
+        """Retrieval by chance."""
+        return 1.0 / self.num_pairs
+
+    def has(self, measure: str) -> bool:
+        """Whether a measure is there (in one run means in all)."""
+        return any(name == measure for name, _, _ in self.runs[0].rows)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens each run had seen at ``step``."""
+        return [next(row.consumed_tokens for row in run.results.rows if row.step == self.step) for run in self.runs]
+
+    @property
+    def seeds_per_fraction(self) -> int:
+        """Fewest runs that share one fraction."""
+        fractions = [run.fraction for run in self.runs]
+        return min(fractions.count(fraction) for fraction in fractions)
+
+
+def read_series(folders: Sequence[Path]) -> Series:
+    """Read run folders and check that they belong in one picture.
+
+    Args:
+        folders: 1 to 8 run folders, each with ``analysis/`` inside.
+
+    Raises:
+        FormatError: a file is missing or unreadable (the message names run, file and the command that makes it), runs
+            differ in shape, languages or probe sentences, or no step was analysed in all of them.
+        ConfigError: no folder, or more than 8.
+    """
+    if not 1 <= len(folders) <= MAX_RUNS:
+        raise ConfigError(f"{len(folders)} run folders given; one report compares 1 to {MAX_RUNS}.")
+    pieces = [_read_pieces(Path(folder)) for folder in folders]
+    names = _unique_names([(piece.config.name, piece.folder.path) for piece in pieces])
+    fractions = [piece.config.data.mixture.parallel_fraction for piece in pieces]
+    runs = [
+        Run(
+            name=name,
+            label=percent(fraction, digits=None) + (f" ({name})" if fractions.count(fraction) > 1 else ""),
+            folder=piece.folder, config=piece.config, facts=piece.facts, audit=piece.audit, metrics=piece.metrics,
+            results=piece.results, rows=_index(piece.results.rows),
+        )
+        for name, fraction, piece in zip(names, fractions, pieces, strict=True)
+    ]
+    runs.sort(key=lambda run: (run.fraction, run.name))
+    _check_comparable(runs)
+    context = runs[0].results.context
+    pairs = sorted({subject for measure, _, subject in runs[0].rows if measure == "retrieval"})
+    common = set.intersection(*(set(run.results.steps) for run in runs))
+    if not common:
+        listed = "; ".join(f"{run.name}: {', '.join(map(str, run.results.steps))}" for run in runs)
+        raise FormatError(
+            f"no step was analysed in every run ({listed}); probe the same steps in all runs of a series "
+            "(capture.probe_interval_steps), then run `xalign analyze` on each."
+        )
+    series = Series(
+        runs, list(context["languages"]), pairs, int(context["num_layers"]), int(context["num_pairs"]), max(common)
+    )
+    for run in runs:
+        for pair in pairs:
+            run.best_layer(pair, series.step)  # raises if this run lacks the pair
+    return series
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    folder: RunFolder
+    config: RunConfig
+    facts: dict[str, Any]
+    audit: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    results: Results
+
+
+def _read_pieces(path: Path) -> _Pieces:
+    folder = RunFolder(path)
+    if not path.is_dir():
+        raise FormatError(f"run folder {path} does not exist; `xalign train CONFIG` makes one.")
+    config = _read(path, "config.yaml", f"`xalign train CONFIG` with output_dir={path}", folder.config)
+    facts = _read(path, "run.json", "`xalign train CONFIG`", lambda: _mapping(folder.facts_path))
+    audit = _read(path, "audit.json", "`xalign train CONFIG`", lambda: _mapping(folder.audit_path))
+    metrics = _read(path, "metrics.jsonl", "`xalign train CONFIG`", lambda: _metrics(folder))
+    results = _read(path, "analysis/", f"`xalign analyze {path}`", lambda: read_results(folder.analysis))
+    _check_audit(folder.audit_path, audit)
+    _check_results(folder, results)
+    return _Pieces(folder, config, facts, audit, metrics, results)
+
+
+def _read(path: Path, piece: str, way_out: str, reader: Callable[[], Read]) -> Read:
+    try:
+        return reader()
+    except XAlignError as error:
+        raise FormatError(f"run {path.name}: {piece} cannot be read: {error} It is made by {way_out}.") from error
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} holds a {type(content).__name__}; an object is expected.")
+    return content
+
+
+def _metrics(folder: RunFolder) -> list[dict[str, Any]]:
+    # A run that was killed and resumed logs some steps twice; the later line belongs to the steps that were kept.
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in folder.metrics():
+        missing = [key for key in ("step", "consumed_tokens", "loss") if key not in line]
+        if missing:
+            raise FormatError(f"{folder.metrics_path}: a line lacks {', '.join(missing)}.")
+        by_step[int(line["step"])] = line
+    if not by_step:
+        raise FormatError(f"{folder.metrics_path} holds no logged step.")
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _check_audit(path: Path, audit: Mapping[str, Any]) -> None:
+    for key in ("asked", "achieved", "holds", "sources", "languages"):
+        if key not in audit:
+            raise FormatError(f"{path} has no entry {key!r}; it is not an audit that `xalign train` wrote.")
+
+
+def _check_results(folder: RunFolder, results: Results) -> None:
+    path, again = folder.analysis / "results.json", f"run `xalign analyze {folder.path}` again."
+    for key in ("languages", "num_layers", "num_pairs"):
+        if key not in results.context:
+            raise FormatError(f"{path}: its context has no {key}; {again}")
+    if not results.rows:
+        raise FormatError(f"{path} holds no numbers; {again}")
+    measured = {row.measure for row in results.rows}
+    for measure in REQUIRED_MEASURES:
+        if measure not in measured:
+            raise FormatError(f"{path} has no rows of {measure}; {again}")
+
+
+def _unique_names(runs: Sequence[tuple[str, Path]]) -> list[str]:
+    plain = [name for name, _ in runs]
+    names = [name if plain.count(name) == 1 else f"{name} ({path.name})" for name, path in runs]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise FormatError(
+                f"two runs are called {name}: {runs[names.index(name)][1]} and {runs[index][1]}; "
+                "give each run folder once, under a name of its own."
+            )
+    return names
+
+
+def _index(rows: Sequence[Row]) -> dict[tuple[str, int | None, str], list[Row]]:
+    index: dict[tuple[str, int | None, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.step):
+        index.setdefault((row.measure, row.layer, row.subject), []).append(row)
+    return index
+
+
+def _check_comparable(runs: Sequence[Run]) -> None:
+    first = runs[0]
+    for run in runs[1:]:
+        for key in _SHAPE:
+            ours, theirs = first.results.context.get(key), run.results.context.get(key)
+            if ours != theirs:
+                raise FormatError(
+                    f"runs {first.name} and {run.name} cannot be compared: {key} is {ours} in "
+                    f"{first.folder.analysis / 'results.json'} and {theirs} in {run.folder.analysis / 'results.json'}. "
+                    "A series differs in its share of parallel data only; report the others apart."
+                )
+        # A measure that one run lacks would be a missing point that looks like a choice.
+        kinds = {(measure, subject) for measure, _, subject in first.rows}
+        for measure, subject in sorted(kinds ^ {(measure, subject) for measure, _, subject in run.rows}):
+            have, lack = (first, run) if (measure, subject) in kinds else (run, first)
+            raise FormatError(
+                f"run {lack.name}: {lack.folder.analysis / 'results.json'} has no {measure} of "
+                f"{subject or 'the model'}, which run {have.name} has; run `xalign analyze {lack.folder.path}` again."
+            )
+
+
+def projection(run: Run, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Coordinates of every probe sentence at a step.
+
+    Returns:
+        float [L+1, D, 2] coordinates, float [L+1, 2] explained variance, int [D] language of each sentence; None if
+        the analysis wrote no projection.
+
+    Raises:
+        FormatError: the arrays are there but do not cover this step.
+    """
+    arrays = run.results.arrays
+    wanted = ("pca_coordinates", "pca_explained", "pca_steps", "document_languages")
+    if not any(name in arrays for name in wanted):
+        return None
+    path, again = run.folder.analysis / "arrays.safetensors", f"run `xalign analyze {run.folder.path}` again."
+    for name in wanted:
+        if name not in arrays:
+            raise FormatError(f"run {run.name}: {path} has no {name}; {again}")
+    steps = arrays["pca_steps"].tolist()
+    if step not in steps:
+        raise FormatError(f"run {run.name}: {path} has projections of steps {steps}, not of {step}; {again}")
+    coordinates = arrays["pca_coordinates"][steps.index(step)]
+    languages = arrays["document_languages"]
+    if coordinates.ndim != 3 or coordinates.shape[1] != len(languages):
+        raise FormatError(
+            f"run {run.name}: {path} places {coordinates.shape} points for {len(languages)} sentences; {again}"
+        )
+    return coordinates, arrays["pca_explained"], languages
+
+
+def _layer(row: Row) -> int:
+    assert row.layer is not None
+    return row.layer

@@ -1,0 +1,256 @@
+"""The tables of the report, as text in cells: headline numbers, mixture audits, facts of every run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_xalign.config import to_yaml
+from megatron_xalign.formats.results import Row
+from megatron_xalign.report.answer import best_retrieval
+from megatron_xalign.report.series import Run, Series
+from megatron_xalign.report.wording import duration, language_name, layer_name, pair_name, percent, thousands
+
+MISSING = "\u2013"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell; ``good`` and ``bad`` colour a verdict."""
+
+    text: str
+    kind: Literal["number", "text", "good", "bad"] = "number"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a caption, column heads and a head for every row."""
+
+    caption: str
+    columns: list[str]
+    """The first is the head of the row heads."""
+    rows: list[tuple[str, list[Cell]]] = field(default_factory=list)
+
+
+def alignment_table(series: Series) -> Table:
+    """What the first figure ends at: one row per run and pair."""
+    several = len(series.pairs) > 1
+    table = Table(
+        f"Alignment at step {thousands(series.step)}, each run at its best layer",
+        ["parallel data", *(["languages"] if several else []), "layer", "retrieved", "95\u00a0% interval", "chance",
+         "cosine gap", "CKA", "CKA permuted", "retrieved at emb"],
+    )  # fmt: skip
+    for pair in series.pairs:
+        for run in series.runs:
+            best, layer = best_retrieval(run, pair, series.step), run.best_layer(pair, series.step)
+            interval = MISSING
+            if best.low is not None and best.high is not None:
+                interval = f"{100 * best.low:.1f} to {percent(best.high)}"
+            cells = [Cell(pair_name(pair), "text")] if several else []
+            cells += [
+                Cell(layer_name(layer)),
+                Cell(percent(best.value)),
+                Cell(interval),
+                Cell(percent(series.chance)),
+                _number(run.at("cosine_gap", layer, pair, series.step), 3),
+                _number(run.at("cka", layer, pair, series.step), 3),
+                _number(run.at("cka_permuted", layer, pair, series.step), 3),
+                _share(run.at("retrieval", -1, pair, series.step)),
+            ]
+            table.rows.append((run.label, cells))
+    return table
+
+
+def language_table(series: Series) -> Table:
+    """Neurons and losses per run and language at the last step."""
+    measures = [
+        ("ap_count_0.9", "AP \u2265 0.9", 0), ("ap_null_0.9", "expected if permuted", 1), ("lape_count", "LAPE", 0),
+        ("nll_per_token", "nats per token", 3), ("bits_per_byte", "bits per byte", 3),
+    ]  # fmt: skip
+    measures = [entry for entry in measures if series.has(entry[0])]
+    table = Table(
+        f"Language-specific neurons and held-out loss at step {thousands(series.step)}",
+        ["parallel data", "language", *(name for _, name, _ in measures)],
+    )
+    for run in series.runs:
+        for code in series.languages:
+            cells = [Cell(language_name(code), "text")]
+            cells += [_number(run.at(measure, None, code, series.step), digits) for measure, _, digits in measures]
+            table.rows.append((run.label, cells))
+    return table
+
+
+def audit_table(series: Series) -> Table:
+    """The mixture asked for and achieved, a row per run."""
+    table = Table(
+        "The mixture, asked for and achieved (counted on the built index, before training)",
+        ["run", "asked", "counted as", "achieved", "of content tokens", "of all tokens", "of loss-bearing tokens",
+         "off by (samples)", "samples", "tokens", "holds"],
+    )  # fmt: skip
+    for run in series.runs:
+        asked, achieved = run.audit["asked"], run.audit["achieved"]
+        table.rows.append(
+            (
+                run.name,
+                [
+                    _fraction(asked, "parallel_fraction", None),
+                    Cell(str(asked.get("fraction_of", MISSING)), "text"),
+                    _fraction(achieved, "parallel_fraction"),
+                    _fraction(achieved, "parallel_fraction_content"),
+                    _fraction(achieved, "parallel_fraction_all"),
+                    _fraction(achieved, "parallel_fraction_loss"),
+                    _count(run.audit, "difference_samples", 2),
+                    _count(run.audit, "samples"),
+                    _count(run.audit, "tokens"),
+                    Cell("yes", "good") if run.audit["holds"] else Cell("no", "bad"),
+                ],
+            )
+        )
+    return table
+
+
+def source_table(run: Run) -> Table:
+    """What one run took from each token file."""
+    table = Table(
+        f"Sources of {run.name}",
+        ["source", "kind", "languages", "samples", "tokens", "content tokens", "text there (tokens)", "repeats",
+         "allowed", "documents begun", "documents cut"],
+    )  # fmt: skip
+    for source in run.audit["sources"]:
+        table.rows.append(
+            (
+                str(source.get("name", MISSING)),
+                [
+                    Cell(str(source.get("origin", MISSING)), "text"),
+                    Cell(", ".join(map(str, source.get("languages", []))), "text"),
+                    _count(source, "samples"),
+                    _count(source, "tokens"),
+                    _count(source, "content_tokens"),
+                    _count(source, "available_tokens"),
+                    _count(source, "repeats", 2),
+                    _count(source, "max_repeats", 2),
+                    _count(source, "documents_begun"),
+                    _count(source, "documents_cut"),
+                ],
+            )
+        )
+    return table
+
+
+def mixture_language_table(run: Run) -> Table:
+    """What one run read of each language."""
+    table = Table(
+        f"Languages of {run.name}",
+        ["language", "share asked", "share achieved", "content tokens", "monolingual", "in parallel documents"],
+    )
+    for code, entry in run.audit["languages"].items():
+        table.rows.append(
+            (
+                f"{language_name(code)} ({code})" if language_name(code) != code else code,
+                [
+                    _fraction(entry, "asked"),
+                    _fraction(entry, "achieved", 2),
+                    _count(entry, "content_tokens"),
+                    _count(entry, "monolingual"),
+                    _count(entry, "parallel"),
+                ],
+            )
+        )
+    return table
+
+
+def facts_table(series: Series, hf: Mapping[str, Path]) -> Table:
+    """Sizes, seeds, layout, versions, times and places: a column per run."""
+    table = Table("How each run was made", ["", *(run.name for run in series.runs)])
+    every = [_facts(run, hf.get(run.name)) for run in series.runs]
+    for key in dict.fromkeys(key for facts in every for key in facts):
+        table.rows.append((key, [Cell(facts.get(key, MISSING), "text") for facts in every]))
+    return table
+
+
+def _facts(run: Run, hf: Path | None) -> dict[str, str]:
+    config, starts = run.config, run.facts.get("starts", [])
+    model, layout = config.model, run.facts.get("layout", {})
+    throughput = [line["tokens_per_second"] for line in run.metrics if "tokens_per_second" in line]
+    facts = {
+        "parallel fraction": percent(run.fraction, digits=None),
+        "seed (weights)": str(config.seed),
+        "seed (mixture)": str(config.data.mixture.seed),
+        "model": f"{model.num_layers} layers, hidden {thousands(model.hidden_size)}, "
+        f"ffn {thousands(model.ffn_hidden_size)}, {model.num_attention_heads} heads, {model.normalization}",
+        "batch": f"{thousands(config.training.global_batch_size)} samples of "
+        f"{thousands(config.data.seq_length)} tokens",
+        "steps": thousands(config.training.train_steps),
+        "tokens": thousands(config.train_tokens),
+        "weights": config.training.params_dtype,
+        "layout": ", ".join(f"{name} {size}" for name, size in _flat(layout)) or MISSING,
+        "training time": duration(run.wall_seconds),
+    }
+    if throughput:
+        facts["tokens per second (median)"] = thousands(sorted(throughput)[len(throughput) // 2])
+    known = {"name", "version", "commit", "seed", "layout", "versions", "starts"}
+    facts["megatron_xalign"] = str(run.facts.get("version", MISSING))
+    facts["commit"] = str(run.facts.get("commit") or MISSING)
+    facts["libraries"] = ", ".join(f"{name} {version}" for name, version in _flat(run.facts.get("versions", {})))
+    for key, value in _flat({key: value for key, value in run.facts.items() if key not in known}):
+        facts[key.replace("_", " ")] = thousands(value) if isinstance(value, int) and value >= 1000 else str(value)
+    facts["started"] = "; ".join(str(start.get("time", MISSING)) for start in starts) or MISSING
+    facts["command"] = "; ".join(_command(start.get("command", [])) for start in starts) or MISSING
+    facts["run folder"] = str(run.folder.path)
+    facts["checkpoints"] = str(run.folder.checkpoints)
+    if hf is not None:
+        facts["Hugging Face folder"] = str(hf)
+    return facts
+
+
+def _command(words: object) -> str:
+    return " ".join(map(str, words)) if isinstance(words, list) else str(words)
+
+
+def config_text(run: Run) -> str:
+    """The resolved config, every setting included."""
+    return to_yaml(run.config)
+
+
+def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """``{"a": {"b": 1}}`` -> ``("a b", 1)``; items of a list are numbered from 1."""
+    if isinstance(tree, Mapping):
+        items = [(str(key), value) for key, value in tree.items()]
+    elif isinstance(tree, list) and any(isinstance(item, (dict, list)) for item in tree):
+        items = [(str(number), value) for number, value in enumerate(tree, start=1)]
+    else:
+        yield path, ", ".join(map(str, tree)) if isinstance(tree, list) else tree
+        return
+    for key, value in items:
+        yield from _flat(value, f"{path} {key}".strip())
+
+
+def corpus_table(corpus: Any) -> Table:
+    """Whatever ``corpus.json`` says of the text and its licences, a line each."""
+    table = Table("The text and its licences (corpus.json)", ["", "value"])
+    for key, value in _flat(corpus):
+        shown = thousands(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        table.rows.append((key.replace("_", " "), [Cell(shown, "text")]))
+    return table
+
+
+def _number(row: Row | None, digits: int) -> Cell:
+    return Cell(MISSING if row is None else thousands(row.value, digits).replace("-", "\u2212"))
+
+
+def _share(row: Row | None) -> Cell:
+    return Cell(MISSING if row is None else percent(row.value))
+
+
+def _fraction(entry: Mapping[str, Any], key: str, digits: int | None = 3) -> Cell:
+    value = entry.get(key)
+    return Cell(MISSING if value is None else percent(float(value), digits))
+
+
+def _count(entry: Mapping[str, Any], key: str, digits: int = 0) -> Cell:
+    value = entry.get(key)
+    if value is None:
+        return Cell(MISSING)
+    return Cell(thousands(value) if float(value).is_integer() else thousands(value, digits))
