@@ -188,7 +188,8 @@ def _join(rank: int, world_size: int, device: torch.device, timeout_seconds: int
     timeout = timedelta(seconds=timeout_seconds)
     if world_size == 1:
         # No port is needed to talk to oneself.
-        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = torch._C._distributed_c10d.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if address is None or port is None:

@@ -1,0 +1,193 @@
+"""The training loop: global batches through forward, backward and optimizer step; watched, logged and saved."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_xalign.batch import Batch, CurrentBatch
+from megatron_xalign.config import TrainingConfig
+from megatron_xalign.errors import ConfigError, XAlignError
+from megatron_xalign.progress import progress_bar
+from megatron_xalign.topology import Ranks
+from megatron_xalign.training.forward import forward_backward
+from megatron_xalign.training.metrics import LossSums, append_metrics, truncate_metrics
+from megatron_xalign.training.optimizer import Optimizer
+
+GetBatch = Callable[[list[int]], Batch]
+"""Samples of the run, by number, as one micro-batch."""
+
+log = logging.getLogger(__name__)
+
+
+class Observer(Protocol):
+    """Something that watches training. ``step`` counts finished optimizer steps.
+
+    Every process has its observers and all of them are called at the same moments, so they may use collectives. An
+    observer that raises stops the run.
+    """
+
+    def before_step(self, step: int) -> None:
+        """Called before the forward passes that lead to ``step + 1``; 0 is before the first."""
+
+    def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Called after the weights have moved.
+
+        ``metrics`` always has step, consumed_tokens, grad_norm and lr, and at logged steps the whole line of
+        ``metrics.jsonl``.
+        """
+
+    def after_save(self, step: int, path: Path) -> None:
+        """Called when the checkpoint of ``step`` is complete at ``path``."""
+
+    def close(self) -> None:
+        """Called once, however the run ends."""
+
+
+def fit(
+    model_chunks: Sequence[Any],
+    optimizer: Optimizer,
+    get_batch: GetBatch,
+    config: TrainingConfig,
+    ranks: Ranks,
+    *,
+    metrics_path: Path,
+    save: Callable[[int], Path],
+    languages: Sequence[str],
+    source_names: Sequence[str],
+    observers: Sequence[Observer] = (),
+    current_batch: CurrentBatch | None = None,
+    start_step: int = 0,
+) -> dict[str, Any]:
+    """Train from ``start_step`` to ``config.train_steps``.
+
+    Sample k of the run is in step ``k // global_batch_size`` whatever the layout and micro-batch size are.
+
+    Args:
+        model_chunks: what ``build_model`` returned, with a checkpoint loaded into it if ``start_step`` is not 0.
+        optimizer: what ``build_optimizer`` returned, likewise.
+        get_batch: gives the samples with these numbers; every process of a model copy asks for the same ones.
+        config: steps, batch sizes, intervals.
+        ranks: this process's place.
+        metrics_path: ``metrics.jsonl``; lines after ``start_step`` are removed from it first.
+        save: writes the checkpoint of a step, called by every process; returns its path.
+        languages: what language ids in batches count.
+        source_names: what source ids in batches count.
+        observers: called in this order at the moments of ``Observer``.
+        current_batch: tells hooks of observers which micro-batch is running.
+        start_step: optimizer steps already done.
+
+    Returns:
+        The last line of metrics; empty if there was nothing left to do.
+
+    Raises:
+        ConfigError: the global batch cannot be divided over data-parallel ranks and micro-batches.
+        XAlignError: loss or gradient norm is not a finite number.
+    """
+    num_microbatches = _num_microbatches(config, ranks)
+    current_batch = current_batch or CurrentBatch()
+    losses = LossSums(languages, source_names, ranks)
+    if ranks.rank == 0:
+        truncate_metrics(metrics_path, start_step)
+    line: dict[str, Any] = {}
+    with ExitStack() as stack:
+        for observer in observers:
+            stack.callback(observer.close)
+        bar = stack.enter_context(progress_bar(config.train_steps, "training", " steps", initial=start_step))
+        for chunk in model_chunks:
+            chunk.train()
+        interval_start, compute_seconds, interval_tokens = time.monotonic(), 0.0, 0
+        for step in range(start_step, config.train_steps):
+            for observer in observers:
+                with _named(observer, "before_step", step):
+                    observer.before_step(step)
+            step_start = time.monotonic()
+            batches = [
+                get_batch(sample_numbers(step, microbatch, config, ranks)).to(ranks.device)
+                for microbatch in range(num_microbatches)
+            ]
+            step_tokens = config.global_batch_size * batches[0].tokens.shape[1]
+            for chunk in model_chunks:
+                chunk.zero_grad_buffer()
+            optimizer.zero_grad()
+            forward_backward(model_chunks, batches, current_batch, losses.add)
+            with _at_step(step + 1):
+                grad_norm, lr = optimizer.step()
+            done = step + 1
+            compute_seconds += time.monotonic() - step_start
+            interval_tokens += step_tokens
+            metrics: dict[str, Any] = {
+                "step": done, "consumed_tokens": done * step_tokens, "grad_norm": grad_norm, "lr": lr
+            }
+            if done % config.log_interval_steps == 0 or done == config.train_steps:
+                means = losses.take()
+                if not math.isfinite(means["loss"]):
+                    raise XAlignError(
+                        f"step {done}: the loss is {means['loss']}; use a lower optimizer.lr and go on from the last "
+                        "checkpoint."
+                    )
+                seconds = time.monotonic() - interval_start
+                line = metrics = {
+                    "step": done, "consumed_tokens": done * step_tokens, **means, "grad_norm": grad_norm, "lr": lr,
+                    "tokens_per_second": interval_tokens / max(compute_seconds, 1e-9), "seconds": seconds,
+                }
+                if ranks.rank == 0:
+                    append_metrics(metrics_path, line)
+                log.info("step %d: loss %.4f, gradient norm %.3f, lr %.3g", done, means["loss"], grad_norm, lr)
+                speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+                bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed}", refresh=False)
+                interval_start, compute_seconds, interval_tokens = time.monotonic(), 0.0, 0
+            for observer in observers:
+                with _named(observer, "after_step", done):
+                    observer.after_step(done, metrics)
+            if done % config.save_interval_steps == 0 or done == config.train_steps:
+                path = save(done)
+                for observer in observers:
+                    with _named(observer, "after_save", done):
+                        observer.after_save(done, path)
+            bar.update(1)
+    return line
+
+
+def sample_numbers(step: int, microbatch: int, config: TrainingConfig, ranks: Ranks) -> list[int]:
+    """Which samples of the run this rank reads in a micro-batch of a step, in Megatron's order.
+
+    Data-parallel ranks take turns of one micro-batch each.
+    """
+    turn = microbatch * ranks.data_size + ranks.data_rank
+    first = step * config.global_batch_size + turn * config.micro_batch_size
+    return list(range(first, first + config.micro_batch_size))
+
+
+def _num_microbatches(config: TrainingConfig, ranks: Ranks) -> int:
+    at_once = config.micro_batch_size * ranks.data_size
+    if config.global_batch_size % at_once:
+        raise ConfigError(
+            f"training.global_batch_size={config.global_batch_size} is not divisible by training.micro_batch_size="
+            f"{config.micro_batch_size} times {ranks.data_size} data-parallel ranks; use a multiple of {at_once}, or a "
+            "smaller micro-batch."
+        )
+    return config.global_batch_size // at_once
+
+
+@contextmanager
+def _named(observer: Observer, moment: str, step: int) -> Iterator[None]:
+    """Say in an error which observer stopped the run, and when."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"raised by {type(observer).__name__}.{moment} at step {step}, which stopped the run.")
+        raise
+
+
+@contextmanager
+def _at_step(step: int) -> Iterator[None]:
+    try:
+        yield
+    except XAlignError as error:
+        raise type(error)(f"step {step}: {error}") from error

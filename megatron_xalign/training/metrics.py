@@ -1,0 +1,98 @@
+"""Loss per language and per source over an interval of training, and the file they are written to."""
+
+# B micro-batch, S sequence, K languages, N sources
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_xalign.batch import Batch
+from megatron_xalign.errors import FormatError
+from megatron_xalign.formats.atomic import write_text
+from megatron_xalign.topology import Ranks
+
+
+class LossSums:
+    """Token-weighted sums of the loss: in all, by language of the label, and by source."""
+
+    def __init__(self, languages: Sequence[str], source_names: Sequence[str], ranks: Ranks) -> None:
+        self.languages = list(languages)
+        self.source_names = list(source_names)
+        self.ranks = ranks
+        # Rows: loss, tokens. Columns: in all; no language, K languages; no source, N sources.
+        num_columns = 1 + 1 + len(self.languages) + 1 + len(self.source_names)
+        self._sums = torch.zeros(2, num_columns, dtype=torch.float64, device=ranks.device)
+
+    def add(self, batch: Batch, loss_BS: torch.Tensor) -> None:
+        """Add a micro-batch's losses, [B, S], weighted by its ``loss_mask``."""
+        weight = batch.loss_mask.double().flatten()
+        rows = torch.stack([loss_BS.double().flatten() * weight, weight])
+        language = batch.label_language_ids.long().flatten() + 2
+        source = batch.source_ids.long().flatten() + 3 + len(self.languages)
+        self._sums[:, 0] += rows.sum(1)
+        self._sums.index_add_(1, language, rows)
+        self._sums.index_add_(1, source, rows)
+
+    def take(self) -> dict[str, Any]:
+        """Means since the last call, over all data-parallel ranks, on every process; start again from zero.
+
+        Returns:
+            ``loss``, ``loss_by_language`` and ``loss_by_source`` in nats per token; a language or source without a
+            token in this interval is left out.
+        """
+        sums = self.ranks.sum_over(self._sums, "data")
+        loss, tokens = self.ranks.broadcast_over(sums, "pipeline", self.ranks.pipeline_size - 1).tolist()
+        self._sums.zero_()
+
+        def means(names: list[str], first: int) -> dict[str, float]:
+            return {
+                name: loss[column] / tokens[column]
+                for column, name in enumerate(names, start=first)
+                if tokens[column] > 0
+            }
+
+        return {
+            "loss": loss[0] / tokens[0] if tokens[0] > 0 else 0.0,
+            "loss_by_language": means(self.languages, 2),
+            "loss_by_source": means(self.source_names, 3 + len(self.languages)),
+        }
+
+
+def append_metrics(path: Path, line: Mapping[str, Any]) -> None:
+    """Add one line to ``metrics.jsonl`` and hand it to the operating system at once."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Keep the lines of ``metrics.jsonl`` up to ``step``, for a run that goes on from a checkpoint of that step.
+
+    A last line cut off when the run was killed is dropped.
+
+    Raises:
+        FormatError: another line is not JSON with a ``step``.
+    """
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").split("\n")
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            if int(json.loads(line)["step"]) <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            # Every whole line ends in a newline, so only the piece after the last one can be unfinished.
+            if number == len(lines):
+                continue
+            raise FormatError(f"{path} line {number} is not a JSON object with a step: {line[:80]!r}.") from None
+    write_text(path, "".join(line + "\n" for line in kept))
