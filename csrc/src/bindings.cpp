@@ -1,0 +1,196 @@
+// The only file that knows Python: checks dtype and rank, frees the GIL, calls, returns an array.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "xalign/blend.h"
+#include "xalign/permutation.h"
+#include "xalign/windows.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Data of a C-contiguous array of exactly this type and rank; a silent conversion would hide a copy of the whole array.
+template <typename T>
+const T* data_of(const py::array& array, py::ssize_t rank, const char* name) {
+  if (!py::isinstance<py::array_t<T>>(array)) {
+    throw std::invalid_argument(std::string(name) + " has dtype " + py::cast<std::string>(py::str(array.dtype())) +
+                                "; " + py::cast<std::string>(py::str(py::dtype::of<T>())) + " is expected.");
+  }
+  if (array.ndim() != rank) {
+    throw std::invalid_argument(std::string(name) + " has " + std::to_string(array.ndim()) + " axes; " +
+                                std::to_string(rank) + " expected.");
+  }
+  if ((array.flags() & py::array::c_style) == 0) {
+    throw std::invalid_argument(std::string(name) + " is not contiguous.");
+  }
+  return static_cast<const T*>(array.data());
+}
+
+std::size_t length_of(const py::array& array) { return static_cast<std::size_t>(array.shape(0)); }
+
+// Hands a vector's memory to NumPy without copying it.
+template <typename T, typename Item>
+py::array_t<T> to_array(std::vector<Item>&& items, std::vector<py::ssize_t> shape) {
+  auto* kept = new std::vector<Item>(std::move(items));
+  py::capsule owner(kept, [](void* memory) { delete static_cast<std::vector<Item>*>(memory); });
+  return py::array_t<T>(std::move(shape), reinterpret_cast<const T*>(kept->data()), owner);
+}
+
+template <typename T>
+py::array_t<T> to_array(std::vector<T>&& items) {
+  const auto size = static_cast<py::ssize_t>(items.size());
+  return to_array<T, T>(std::move(items), {size});
+}
+
+py::array_t<std::int32_t> blend_order(const py::array& weights, std::optional<std::int64_t> num_samples) {
+  const auto* data = data_of<std::int64_t>(weights, 1, "weights");
+  const std::size_t size = length_of(weights);
+  std::vector<std::int32_t> order;
+  {
+    py::gil_scoped_release free;
+    std::int64_t wanted = 0;
+    if (num_samples) {
+      wanted = *num_samples;
+    } else {
+      for (std::size_t j = 0; j < size; ++j) {
+        if (__builtin_add_overflow(wanted, data[j], &wanted)) {
+          throw std::invalid_argument("weights add up to more than int64 holds.");
+        }
+        if (data[j] < 0) wanted = 0;  // The call below names the weight.
+      }
+    }
+    order = xalign::blend_order(data, size, wanted);
+  }
+  return to_array(std::move(order));
+}
+
+std::tuple<py::array_t<std::int32_t>, std::optional<std::int32_t>> blend_windows(
+    const std::vector<py::array>& window_counts, std::int64_t num_samples, std::int64_t seq_length,
+    std::pair<std::int64_t, std::int64_t> parallel_fraction, bool count_all_tokens, bool parallel_fills_languages,
+    std::vector<std::int64_t> language_shares, std::vector<std::int64_t> language_rates,
+    std::vector<std::int32_t> language_of_source, std::vector<std::int64_t> source_weights) {
+  std::vector<xalign::WindowCounts> sources;
+  for (const auto& counts : window_counts) {
+    const auto* data = data_of<std::int32_t>(counts, 2, "window_counts");
+    if (counts.shape(1) != static_cast<py::ssize_t>(language_shares.size())) {
+      throw std::invalid_argument("window_counts have " + std::to_string(counts.shape(1)) +
+                                  " columns; one for each of " + std::to_string(language_shares.size()) +
+                                  " languages is expected.");
+    }
+    sources.push_back({data, counts.shape(0)});
+  }
+  const xalign::BlendTarget target{seq_length,
+                                   parallel_fraction.first,
+                                   parallel_fraction.second,
+                                   count_all_tokens,
+                                   parallel_fills_languages,
+                                   std::move(language_shares),
+                                   std::move(language_rates),
+                                   std::move(language_of_source),
+                                   std::move(source_weights)};
+  xalign::BlendOfWindows blend;
+  {
+    py::gil_scoped_release free;
+    blend = xalign::blend_windows(target, sources, num_samples);
+  }
+  std::optional<std::int32_t> exhausted;
+  if (blend.exhausted_source >= 0) exhausted = blend.exhausted_source;
+  return {to_array(std::move(blend.source_of_sample)), exhausted};
+}
+
+py::array_t<std::int64_t> permutation(std::uint64_t seed, std::int64_t size) {
+  std::vector<std::int64_t> order;
+  {
+    py::gil_scoped_release free;
+    order = xalign::permutation(seed, size);
+  }
+  return to_array(std::move(order));
+}
+
+py::array_t<std::int64_t> sample_index(const py::array& document_lengths, std::int64_t seq_length) {
+  std::vector<xalign::Border> borders;
+  const auto build = [&](const auto* lengths) {
+    const std::size_t size = length_of(document_lengths);
+    py::gil_scoped_release free;
+    borders = xalign::sample_index(lengths, size, seq_length);
+  };
+  if (py::isinstance<py::array_t<std::int32_t>>(document_lengths)) {
+    build(data_of<std::int32_t>(document_lengths, 1, "document_lengths"));
+  } else {
+    build(data_of<std::int64_t>(document_lengths, 1, "document_lengths"));
+  }
+  static_assert(sizeof(xalign::Border) == 2 * sizeof(std::int64_t), "a border is one row of two numbers");
+  const auto rows = static_cast<py::ssize_t>(borders.size());
+  return to_array<std::int64_t, xalign::Border>(std::move(borders), {rows, 2});
+}
+
+py::array_t<std::int64_t> count_languages(const py::array& language_ids, const py::array& positions,
+                                          std::int64_t num_languages) {
+  const auto* ids = data_of<std::int8_t>(language_ids, 1, "language_ids");
+  const auto* at = data_of<std::int64_t>(positions, 1, "positions");
+  if (num_languages < 1 || num_languages > 127) throw std::invalid_argument("num_languages is outside 1..127.");
+  const std::size_t num_tokens = length_of(language_ids), num_positions = length_of(positions);
+  std::vector<std::int64_t> counts;
+  {
+    py::gil_scoped_release free;
+    counts = xalign::count_languages(ids, num_tokens, at, num_positions, static_cast<std::size_t>(num_languages));
+  }
+  return to_array<std::int64_t, std::int64_t>(std::move(counts), {static_cast<py::ssize_t>(num_positions),
+                                                                  static_cast<py::ssize_t>(num_languages)});
+}
+
+template <typename T>
+bool gather_as(const py::array& tokens, const py::array& starts, const py::array& stops,
+               std::vector<std::int64_t>& gathered) {
+  if (!py::isinstance<py::array_t<T>>(tokens)) return false;
+  const auto* data = data_of<T>(tokens, 1, "tokens");
+  const auto* first = data_of<std::int64_t>(starts, 1, "starts");
+  const auto* last = data_of<std::int64_t>(stops, 1, "stops");
+  if (length_of(starts) != length_of(stops)) throw std::invalid_argument("starts and stops differ in length.");
+  const std::size_t num_tokens = length_of(tokens), num_pieces = length_of(starts);
+  py::gil_scoped_release free;
+  gathered = xalign::gather(data, num_tokens, first, last, num_pieces);
+  return true;
+}
+
+py::array_t<std::int64_t> gather(const py::array& tokens, const py::array& starts, const py::array& stops) {
+  std::vector<std::int64_t> gathered;
+  const bool known = gather_as<std::uint16_t>(tokens, starts, stops, gathered) ||
+                     gather_as<std::int32_t>(tokens, starts, stops, gathered) ||
+                     gather_as<std::int64_t>(tokens, starts, stops, gathered) ||
+                     gather_as<std::uint8_t>(tokens, starts, stops, gathered) ||
+                     gather_as<std::int16_t>(tokens, starts, stops, gathered) ||
+                     gather_as<std::int8_t>(tokens, starts, stops, gathered);
+  if (!known) {
+    throw std::invalid_argument("tokens have dtype " + py::cast<std::string>(py::str(tokens.dtype())) +
+                                "; uint8, uint16 or int8 to int64 is expected.");
+  }
+  return to_array(std::move(gathered));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "libxalign: the C++ under csrc/. Contracts stand in csrc/include/xalign/*.h, types in _native.pyi.";
+  module.def("blend_order", &blend_order, py::arg("weights"), py::arg("num_samples") = py::none());
+  module.def("blend_windows", &blend_windows, py::arg("window_counts"), py::arg("num_samples"), py::kw_only(),
+             py::arg("seq_length"), py::arg("parallel_fraction"), py::arg("count_all_tokens"),
+             py::arg("parallel_fills_languages"), py::arg("language_shares"), py::arg("language_rates"),
+             py::arg("language_of_source"), py::arg("source_weights"));
+  module.def("permutation", &permutation, py::arg("seed"), py::arg("size"));
+  module.def("sample_index", &sample_index, py::arg("document_lengths"), py::arg("seq_length"));
+  module.def("count_languages", &count_languages, py::arg("language_ids"), py::arg("positions"),
+             py::arg("num_languages"));
+  module.def("gather", &gather, py::arg("tokens"), py::arg("starts"), py::arg("stops"));
+}
