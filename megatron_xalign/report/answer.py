@@ -12,7 +12,16 @@ import numpy as np
 
 from megatron_xalign.formats.results import Row
 from megatron_xalign.report.series import Run, Series
-from megatron_xalign.report.wording import amount, language_name, layer_words, listing, pair_name, percent, thousands
+from megatron_xalign.report.wording import (
+    NO_BREAK,
+    amount,
+    language_name,
+    layer_words,
+    listing,
+    pair_name,
+    percent,
+    thousands,
+)
 
 MAX_PAIRS_TOLD = 3
 
@@ -29,7 +38,7 @@ def answer(series: Series) -> list[str]:
 
 
 def _retrieved(series: Series, pair: str) -> str:
-    parts = []
+    parts, banded = [], False
     for fraction in sorted({run.fraction for run in series.runs}, reverse=True):
         rows = [best_retrieval(run, pair, series.step) for run in series.runs if run.fraction == fraction]
         values = [row.value for row in rows]
@@ -37,12 +46,14 @@ def _retrieved(series: Series, pair: str) -> str:
         if len(rows) > 1:
             found += f" (mean of {len(rows)} runs, {percent(min(values))} to {percent(max(values))})"
         elif rows[0].low is not None and rows[0].high is not None:
-            found += f" (95{chr(160)}% interval {100 * rows[0].low:.1f} to {percent(rows[0].high)})"
+            found += f" ({100 * rows[0].low:.1f} to {percent(rows[0].high)})"
+            banded = True
         parts.append(f"{found} with {percent(fraction, digits=None)} parallel data")
     tokens = {amount(count) for count in series.tokens}
     return (
         f"At step {thousands(series.step)} ({' / '.join(sorted(tokens))} tokens), retrieval of {pair_name(pair)} "
         f"translations at the best layer is {listing(parts)}; chance is {percent(series.chance)}."
+        + (f" In brackets: 95{NO_BREAK}% intervals over sentences." if banded else "")
     )
 
 
@@ -57,12 +68,13 @@ def _supported(series: Series, pair: str) -> list[str]:
     if blind:
         which = "No run is" if len(blind) == len(rows) else f"The run with {listing(blind)} parallel data is not"
         sentences.append(f"{about}{which} above chance.")
-    shared = [(run, run.at("retrieval", -1, pair, series.step)) for run in series.runs]
-    told = [f"{percent(row.value)} ({run.label})" for run, row in shared if row is not None]
-    if told:
+    untrained = [row.value for run in series.runs if (row := run.at("retrieval", -1, pair, 0)) is not None]
+    if untrained:
+        low, high = percent(min(untrained)), percent(max(untrained))
+        found = low if low == high else f"{low} to {high}"
         sentences.append(
-            f"{about}The embedding output, where words have not met each other yet, already retrieves {listing(told)}: "
-            "that much comes from the words the two sides share (names, numbers, loans)."
+            f"{about}Before training, the random embeddings already retrieve {found}: that much the tokens give which "
+            "both sides share (names, numbers, punctuation)."
         )
     return sentences
 

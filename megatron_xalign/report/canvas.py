@@ -26,12 +26,15 @@ if TYPE_CHECKING:
 INK, MUTED, GRID = "#1d232a", "#5a6572", "#d5dae0"
 _FIXED = {"ink": (INK, "#e8ecf1"), "muted": (MUTED, "#a3aebb"), "grid": (GRID, "#343c46")}
 
-# Okabe and Ito, made to be told apart with any colour vision; middling brightness, so they serve light and dark.
-_LANGUAGES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#8c564b", "#7f7f00")
+# After Okabe and Ito, made to be told apart with any colour vision; the second of each pair is for dark pages.
+_LANGUAGES = (
+    ("#0072b2", "#4fa9e6"), ("#d55e00", "#ff8c42"), ("#009e73", "#2fcf9f"), ("#cc79a7", "#e59cc5"),
+    ("#b58900", "#e5bd4a"), ("#56b4e9", "#9bd6f7"), ("#8c564b", "#c99387"), ("#7f7f00", "#c2c24d"),
+)  # fmt: skip
 
 # No parallel data is grey; then viridis, the dark end for the largest share on white, the bright end on black.
 _NO_PARALLEL = ("#868f99", "#8d97a3")
-_LIGHT_RAMP, _DARK_RAMP = (0.64, 0.04), (0.42, 0.97)
+_LIGHT_RAMP, _DARK_RAMP = (0.64, 0.04), (0.5, 0.97)
 
 Size = tuple[float, float]
 
@@ -71,7 +74,7 @@ class Picture:
     alt: str
     """What the figure shows, with its key numbers, for readers who do not see it."""
     caption: str
-    panel_size: Size = (4.2, 3.0)
+    panel_size: Size = (3.7, 2.7)
     """Width and height of one panel, inches."""
 
 
@@ -82,7 +85,7 @@ class Palette:
     fractions: dict[float, tuple[str, str]]
     """Parallel fraction -> (light, dark) hex code."""
     languages: dict[str, str]
-    """Language code -> hex code, for both."""
+    """Language code -> hex code of the light palette."""
     variables: dict[str, tuple[str, str]] = field(default_factory=dict)
     """CSS variable -> (light, dark) hex code."""
 
@@ -111,11 +114,13 @@ def build_palette(fractions: Sequence[float], languages: Sequence[str]) -> Palet
     for index, fraction in enumerate(positive):
         place = index / (len(positive) - 1) if len(positive) > 1 else 1.0
         ramp[fraction] = (_viridis(_LIGHT_RAMP, place), _viridis(_DARK_RAMP, place))
-    by_language = {code: _LANGUAGES[index % len(_LANGUAGES)] for index, code in enumerate(languages)}
+    colors = {code: _LANGUAGES[index % len(_LANGUAGES)] for index, code in enumerate(languages)}
     variables = dict(_FIXED)
     for index, fraction in enumerate(sorted(ramp)):
         variables[f"f{index}"] = ramp[fraction]
-    return Palette(ramp, by_language, variables)
+    for index, pair in enumerate(dict.fromkeys(colors.values())):
+        variables[f"l{index}"] = pair
+    return Palette(ramp, {code: pair[0] for code, pair in colors.items()}, variables)
 
 
 def _viridis(ends: tuple[float, float], place: float) -> str:
@@ -200,10 +205,15 @@ def compose(picture: Picture) -> Figure:
         else Line2D([], [], color=mark.color, linestyle=shapes[mark.kind][0], marker=shapes[mark.kind][1])
         for mark in picture.legend
     ]
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.12, h_pad=0.08)
+    labels = [mark.label for mark in picture.legend]
+    widest = max(0.75 + 0.075 * len(label) for label in labels)  # inches, at the legend's nine points
+    fits = sum(0.75 + 0.075 * len(label) for label in labels) < width * picture.num_columns
     figure.legend(
-        handles=handles, labels=[mark.label for mark in picture.legend], loc="outside upper left",
-        ncols=max(1, min(len(handles), int(1.6 * picture.num_columns))),
-    )
+        handles=handles, labels=labels, loc="outside upper left",
+        ncols=len(labels) if fits else max(1, int(width * picture.num_columns / widest)),
+    )  # fmt: skip
     return figure
 
 

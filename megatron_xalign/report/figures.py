@@ -147,8 +147,8 @@ def alignment_by_layer(series: Series, palette: Palette) -> Picture:
         header=HEADER,
         records=_records(drawn),
         alt=f"Alignment by layer at step {thousands(series.step)}. " + "; ".join(best) + ".",
-        caption=f"Step {thousands(series.step)}. emb is the output of the embedding, before any layer has mixed words:"
-        " what it retrieves, shared words alone retrieve.",
+        caption=f"Step {thousands(series.step)}. emb is the output of the embedding, before any layer: what is alike "
+        "there is alike token by token.",
     )
 
 

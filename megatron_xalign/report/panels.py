@@ -186,10 +186,9 @@ def _token_axis(axes: Axes, series: Series) -> None:
     if len(per_step) == 1:
         steps: Any = axes.secondary_xaxis("top", functions=_ratio(per_step.pop()))
         steps.xaxis.set_major_locator(_locator())
-        steps.xaxis.set_major_formatter(_formatter(lambda value: thousands(value)))
-        steps.tick_params(length=0, pad=1, labelsize=7.0)
+        steps.xaxis.set_major_formatter(_formatter(lambda value: "step 0" if value == 0 else thousands(value)))
+        steps.tick_params(length=0, pad=1, labelsize=7.5)
         steps.spines["top"].set_visible(False)
-        steps.set_xlabel("step", fontsize=7.0, labelpad=2)
 
 
 def _ratio(size: int) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
@@ -197,7 +196,10 @@ def _ratio(size: int) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
 
 
 def _value_axis(axes: Axes, unit: str, floor: float | None) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_ylabel(unit)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=unit == "neurons"))
     axes.yaxis.set_major_formatter(_formatter(_plain))
     if floor is not None:
         top = axes.get_ylim()[1]

@@ -40,7 +40,7 @@ def alignment_table(series: Series) -> Table:
     table = Table(
         f"Alignment at step {thousands(series.step)}, each run at its best layer",
         ["parallel data", *(["languages"] if several else []), "layer", "retrieved", "95\u00a0% interval", "chance",
-         "cosine gap", "CKA", "CKA permuted", "retrieved at emb"],
+         "cosine gap", "CKA", "CKA permuted", "retrieved at emb", "at emb, step 0"],
     )  # fmt: skip
     for pair in series.pairs:
         for run in series.runs:
@@ -58,6 +58,7 @@ def alignment_table(series: Series) -> Table:
                 _number(run.at("cka", layer, pair, series.step), 3),
                 _number(run.at("cka_permuted", layer, pair, series.step), 3),
                 _share(run.at("retrieval", -1, pair, series.step)),
+                _share(run.at("retrieval", -1, pair, 0)),
             ]
             table.rows.append((run.label, cells))
     return table
