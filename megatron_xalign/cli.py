@@ -313,7 +313,7 @@ def _add_preprocess(verbs: Any) -> None:
     )
     parser.add_argument("--seed", type=_natural, default=1234, help="for --direction random (default: 1234)")
     parser.add_argument(
-        "--on-error", choices=("stop", "skip"), default="stop", help="a malformed line stops the job, or is counted"
+        "--on-error", choices=("raise", "skip"), default="raise", help="a malformed line stops the job, or is counted"
     )
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
 

@@ -119,12 +119,7 @@ def start_run(config: RunConfig, command: list[str], layout: dict[str, int], fac
     """
     run = RunFolder(Path(config.output_dir))
     if run.config_path.is_file():
-        differing = differing_settings(run.config(), config)
-        if differing:
-            raise ConfigError(
-                f"output_dir={config.output_dir} holds a run with other settings: {'; '.join(differing)}. "
-                "Choose another output_dir, or remove that folder to start over."
-            )
+        check_same_run(run, config)
     write_text(run.config_path, to_yaml(config))
     earlier = read_json(run.facts_path)["starts"] if run.facts_path.is_file() else []
     write_json(
@@ -141,6 +136,16 @@ def start_run(config: RunConfig, command: list[str], layout: dict[str, int], fac
         },
     )
     return run
+
+
+def check_same_run(run: RunFolder, config: RunConfig) -> None:
+    """Raise ConfigError if a folder holds a run that differs from ``config``; the message names the settings."""
+    differing = differing_settings(run.config(), config)
+    if differing:
+        raise ConfigError(
+            f"output_dir={run.path} holds a run with other settings: {'; '.join(differing)}. "
+            "Choose another output_dir, or remove that folder to start over."
+        )
 
 
 def differing_settings(before: RunConfig, now: RunConfig) -> list[str]:
