@@ -1,0 +1,107 @@
+"""Sentences as points in a plane, and how far apart the languages lie."""
+
+# D sentences, H features, C components
+
+# ruff: noqa: N815 - arrays carry their axes in their names
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_xalign.analysis.representations import as_representations, check_varies
+
+_BLOCK_DISTANCES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Principal components of a cloud of points."""
+
+    coordinates_DC: np.ndarray
+    """float64 [D, C]: the points in the new axes."""
+    explained_ratio_C: np.ndarray
+    """float64 [C]: share of the total variance along each axis."""
+    basis_CH: np.ndarray
+    """float64 [C, H]: the axes, orthonormal."""
+    mean_H: np.ndarray
+    """float64 [H]: what was subtracted first."""
+
+    def project(self, acts_DH: np.ndarray) -> np.ndarray:
+        """Other points in the same axes: float64 [D, C]. So pictures of several checkpoints can be compared."""
+        acts = as_representations(acts_DH)
+        if acts.shape[1] != len(self.mean_H):
+            raise ValueError(f"acts_DH has {acts.shape[1]} features; the basis has {len(self.mean_H)}.")
+        return (acts - self.mean_H) @ self.basis_CH.T
+
+
+def pca(acts_DH: np.ndarray, num_components: int = 2) -> Projection:
+    """Principal component analysis by a full singular value decomposition: the same answer every time.
+
+    The largest entry of every axis is positive, as in scikit-learn from 1.5 on.
+
+    Raises:
+        ValueError: a value is not finite, all sentences are the same point, or there are fewer sentences or features
+            than components.
+    """
+    acts = as_representations(acts_DH, min_sentences=2)
+    if not 1 <= num_components <= min(acts.shape):
+        raise ValueError(f"num_components={num_components} is outside [1, {min(acts.shape)}] for shape {acts.shape}.")
+    check_varies(acts, "acts_DH")
+    mean_H = acts.mean(axis=0)
+    left_DC, scale_C, basis_CH = np.linalg.svd(acts - mean_H, full_matrices=False)
+    largest_C = basis_CH[np.arange(len(basis_CH)), np.abs(basis_CH).argmax(axis=1)]
+    sign_C = np.where(largest_C < 0, -1.0, 1.0)
+    power_C = scale_C**2
+    return Projection(
+        coordinates_DC=(left_DC * scale_C * sign_C)[:, :num_components],
+        explained_ratio_C=(power_C / power_C.sum())[:num_components],
+        basis_CH=(basis_CH * sign_C[:, None])[:num_components],
+        mean_H=mean_H,
+    )
+
+
+def silhouette(points_DH: np.ndarray, group_D: np.ndarray) -> float:
+    """How separate the groups are: 1 far apart and tight, 0 on top of each other, below 0 mixed up.
+
+    Mean over points of (b - a) / max(a, b): a the mean Euclidean distance to the others of its group, b to those of the
+    nearest other group; 0 for a point alone in its group, and where all distances are 0.
+
+    Args:
+        points_DH: float [D, H].
+        group_D: integers [D], such as the language of each sentence.
+
+    Raises:
+        ValueError: lengths differ, a value is not finite, or there are not between 2 and D - 1 groups.
+
+    Source: Rousseeuw 1987.
+    """
+    points = as_representations(points_DH, "points_DH")
+    if np.shape(group_D) != (len(points),):
+        raise ValueError(f"group_D has shape {np.shape(group_D)}; points_DH has {len(points)} points.")
+    groups, member_D = np.unique(group_D, return_inverse=True)
+    if not 2 <= len(groups) < len(points):
+        raise ValueError(f"{len(groups)} groups of {len(points)} points; between 2 and {len(points) - 1} are needed.")
+    one_hot = np.eye(len(groups))[member_D]
+    size = one_hot.sum(axis=0)
+    # Distances come from a matrix product; a common shift would cost their digits.
+    points = points - points.mean(axis=0)
+    square_D = np.einsum("dh,dh->d", points, points)
+    total = 0.0
+    block = max(1, _BLOCK_DISTANCES // len(points))
+    for start in range(0, len(points), block):
+        rows = np.arange(start, min(start + block, len(points)))
+        squared = square_D[rows, None] + square_D - 2 * (points[rows] @ points.T)
+        squared[rows - start, rows] = 0.0
+        sums = np.sqrt(np.maximum(squared, 0.0)) @ one_hot
+        own = member_D[rows]
+        in_row = np.arange(len(rows))
+        within = sums[in_row, own] / np.maximum(size[own] - 1, 1)
+        between = sums / size
+        between[in_row, own] = np.inf
+        nearest = between.min(axis=1)
+        larger = np.maximum(within, nearest)
+        score = np.divide(nearest - within, larger, out=np.zeros(len(rows)), where=larger > 0)
+        total += float(score[size[own] > 1].sum())
+    return total / len(points)

@@ -1,0 +1,427 @@
+"""How alike two representations of the same sentences are: cosine, PWCCA, SVCCA, linear CKA."""
+
+# D sentences, H features, R resamples
+
+# ruff: noqa: N815 - arrays carry their axes in their names
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from megatron_xalign.analysis.representations import as_pair, centre, check_varies, unit_rows
+
+RANK_TOLERANCE = 1e-6
+"""Directions with less than this share of the largest variance are rounding, not signal."""
+SVCCA_EPSILON = 1e-10
+"""Ridge of the SVCCA tutorial, relative to the largest variance."""
+
+
+@dataclass(frozen=True)
+class CosineSimilarity:
+    """Cosine of translations against that of random pairs."""
+
+    translation_D: np.ndarray
+    """float64 [D]: cosine of each sentence and its translation."""
+    random: float
+    """Mean cosine over all pairs of a sentence of a and one of b, translations included."""
+
+    @property
+    def translation(self) -> float:
+        """Mean cosine of translations."""
+        return float(self.translation_D.mean())
+
+    @property
+    def random_derangement(self) -> float:
+        """Mean cosine over all pairs that are not translations."""
+        num = len(self.translation_D)
+        return (num * self.random - self.translation) / (num - 1)
+
+    @property
+    def gap(self) -> float:
+        """``translation - random``: how much closer translations are."""
+        return self.translation - self.random
+
+
+def cosine(acts_a_DH: np.ndarray, acts_b_DH: np.ndarray, centred: bool = False) -> CosineSimilarity:
+    """Compare translations with random pairs by cosine, without drawing random pairs.
+
+    The mean over all pairs is the product of the two mean unit vectors, which takes O(D H) and no seed.
+
+    Args:
+        acts_a_DH: float [D, H]. Sentences of one language.
+        acts_b_DH: float [D, H]. Their translations, row by row.
+        centred: subtract each language's mean first; vectors that share a large common part have cosines near 1
+            whatever they mean.
+
+    Raises:
+        ValueError: shapes differ, fewer than two sentences, or a value is not finite.
+    """
+    unit_a, unit_b = _unit_pair(acts_a_DH, acts_b_DH, centred)
+    return CosineSimilarity(
+        np.einsum("dh,dh->d", unit_a, unit_b), float(unit_a.mean(axis=0) @ unit_b.mean(axis=0))
+    )
+
+
+def resampled_cosine_gap(
+    acts_a_DH: np.ndarray, acts_b_DH: np.ndarray, counts_RD: np.ndarray, centred: bool = False
+) -> np.ndarray:
+    """``cosine(...).gap`` of every resample of the sentences: float64 [R].
+
+    Args:
+        acts_a_DH: float [D, H].
+        acts_b_DH: float [D, H].
+        counts_RD: [R, D]. As ``resampling.resample_counts`` gives them.
+        centred: subtract each language's mean (over all sentences, not over the resample) first.
+    """
+    unit_a, unit_b = _unit_pair(acts_a_DH, acts_b_DH, centred)
+    if counts_RD.ndim != 2 or counts_RD.shape[1] != len(unit_a):
+        raise ValueError(f"counts_RD has shape {counts_RD.shape}; there are {len(unit_a)} sentences.")
+    weight_RD = counts_RD / len(unit_a)
+    translation_R = weight_RD @ np.einsum("dh,dh->d", unit_a, unit_b)
+    return translation_R - np.einsum("rh,rh->r", weight_RD @ unit_a, weight_RD @ unit_b)
+
+
+def _unit_pair(acts_a_DH: np.ndarray, acts_b_DH: np.ndarray, centred: bool) -> tuple[np.ndarray, np.ndarray]:
+    acts_a, acts_b = as_pair(acts_a_DH, acts_b_DH)
+    if centred:
+        acts_a, acts_b = centre(acts_a), centre(acts_b)
+    return unit_rows(acts_a), unit_rows(acts_b)
+
+
+@dataclass(frozen=True)
+class Pwcca:
+    """Projection-weighted canonical correlation."""
+
+    value: float
+    """Sum of weight times coefficient."""
+    coefficients: np.ndarray
+    """float64 [C]: canonical correlations, descending (``split``: in the order of the half they were fitted on)."""
+    weights: np.ndarray
+    """float64 [C], adding up to 1: how much of the first representation each direction accounts for."""
+    rank_a: int
+    """Directions of the first representation that were used."""
+    rank_b: int
+    """Directions of the second."""
+
+
+@dataclass(frozen=True)
+class PwccaWithBaseline:
+    """PWCCA in both directions and what it is for pairs that do not belong together."""
+
+    forward: float
+    """Weights from the first representation."""
+    backward: float
+    """Weights from the second."""
+    permuted: float
+    """Mean of both directions under shuffled pairs: the floor, well above 0 unless there are many more sentences than
+    features."""
+    rank_a: int
+    rank_b: int
+
+    @property
+    def mean(self) -> float:
+        """Mean of both directions."""
+        return (self.forward + self.backward) / 2
+
+
+def pwcca(
+    acts_a_DH: np.ndarray,
+    acts_b_DH: np.ndarray,
+    mode: Literal["definition", "svcca", "split"] = "definition",
+    epsilon: float = 0.0,
+) -> Pwcca:
+    """Projection-weighted CCA of two representations of the same sentences.
+
+    - ``definition``: as published. Canonical directions h_i of the centred first representation, weights
+      sum_j |<h_i, x_j>| over its centred features. Directions below a relative variance of 1e-6 are left out, so
+      rank-deficient inputs have a value. Invariant to a shift and, in the correlations, to any invertible linear map.
+    - ``svcca``: what google/svcca computes, number for number, and with it the study: directions without the whitening
+      factor, the mean of feature i added to direction i, weights from features that are not centred. It moves when a
+      common vector is added or features are reordered, and is refused for rank-deficient inputs unless ``epsilon`` > 0.
+    - ``split``: fitted as ``definition`` on sentences 0, 2, 4, ...; correlations taken on the others. Unrelated
+      representations score near 0, where the other modes have a floor that depends on D/H. A correlation may be
+      negative.
+
+    Not symmetric: the weights are those of the first representation (``svcca``: of the one with fewer features).
+
+    Args:
+        acts_a_DH: float [D, H_a].
+        acts_b_DH: float [D, H_b].
+        mode: see above.
+        epsilon: ridge on the diagonals of both covariances, as a share of each one's largest entry; in ``svcca`` also
+            the variance below which a feature is dropped.
+
+    Raises:
+        ValueError: numbers of sentences differ, a value is not finite, there are too few sentences (``svcca``: not more
+            than features), a representation is constant, or ``svcca`` meets a rank-deficient one.
+
+    Source: Morcos et al. 2018, arXiv:1806.05759; google/svcca ``pwcca.py`` and ``cca_core.py``.
+    """
+    if not 0.0 <= epsilon < np.inf:
+        raise ValueError(f"epsilon={epsilon} must be a number that is not negative.")
+    acts_a, acts_b = as_pair(acts_a_DH, acts_b_DH, 4 if mode == "split" else 2, same_width=False)
+    if mode == "svcca":
+        return _pwcca_of_google_svcca(acts_a, acts_b, epsilon)
+    if mode == "definition":
+        white_a, white_b = _whiten(acts_a, "acts_a_DH", epsilon), _whiten(acts_b, "acts_b_DH", epsilon)
+        left, coefficients, _ = _canonical(white_a.data_DC.T @ white_b.data_DC)
+        weights = white_a.weights_of(left)
+        return Pwcca(float(weights @ coefficients), coefficients, weights, white_a.rank, white_b.rank)
+    if mode == "split":
+        white_a, white_b = _whiten(acts_a[::2], "acts_a_DH", epsilon), _whiten(acts_b[::2], "acts_b_DH", epsilon)
+        left, _, right = _canonical(white_a.data_DC.T @ white_b.data_DC)
+        held_out_a = white_a.apply(acts_a[1::2]) @ left
+        held_out_b = white_b.apply(acts_b[1::2]) @ right
+        coefficients = _column_correlations(held_out_a, held_out_b)
+        weights = white_a.weights_of(left)
+        return Pwcca(float(weights @ coefficients), coefficients, weights, white_a.rank, white_b.rank)
+    raise ValueError(f"mode={mode!r} is not one of definition, svcca, split.")
+
+
+def pwcca_with_baseline(
+    acts_a_DH: np.ndarray, acts_b_DH: np.ndarray, num_permutations: int = 5, seed: int = 0
+) -> PwccaWithBaseline:
+    """``definition`` PWCCA in both directions, and its mean over shuffled pairs; every whitening is done once.
+
+    Raises:
+        ValueError: as ``pwcca``, or ``num_permutations`` is below 1.
+    """
+    if num_permutations < 1:
+        raise ValueError(f"num_permutations={num_permutations} must be positive.")
+    acts_a, acts_b = as_pair(acts_a_DH, acts_b_DH, same_width=False)
+    white_a, white_b = _whiten(acts_a, "acts_a_DH"), _whiten(acts_b, "acts_b_DH")
+
+    def both_directions(order: np.ndarray | slice) -> tuple[float, float]:
+        left, coefficients, right = _canonical(white_a.data_DC.T @ white_b.data_DC[order])
+        return float(white_a.weights_of(left) @ coefficients), float(white_b.weights_of(right) @ coefficients)
+
+    generator = np.random.default_rng(seed)
+    forward, backward = both_directions(slice(None))
+    permuted = [np.mean(both_directions(generator.permutation(len(acts_a)))) for _ in range(num_permutations)]
+    return PwccaWithBaseline(forward, backward, float(np.mean(permuted)), white_a.rank, white_b.rank)
+
+
+@dataclass(frozen=True)
+class _Whitened:
+    """A centred representation in its principal axes, each scaled to a sum of squares of 1 (less with a ridge)."""
+
+    data_DC: np.ndarray
+    map_HC: np.ndarray  # from centred features to the axes
+    mean_H: np.ndarray
+    loading_CH: np.ndarray  # product of every axis with every centred feature
+
+    @property
+    def rank(self) -> int:
+        return self.map_HC.shape[1]
+
+    def apply(self, acts_DH: np.ndarray) -> np.ndarray:
+        return (acts_DH - self.mean_H) @ self.map_HC
+
+    def weights_of(self, rotation_CC: np.ndarray) -> np.ndarray:
+        """Projection weights of the rotated axes, adding up to 1."""
+        weights = np.abs(rotation_CC.T @ self.loading_CH).sum(axis=1)
+        return weights / weights.sum()
+
+
+def _whiten(acts_DH: np.ndarray, name: str, epsilon: float = 0.0) -> _Whitened:
+    check_varies(acts_DH, name)
+    mean_H = acts_DH.mean(axis=0)
+    centred_DH = acts_DH - mean_H
+    scatter_HH = centred_DH.T @ centred_DH
+    power_H, axes_HH = np.linalg.eigh(scatter_HH)
+    keep_H = power_H > RANK_TOLERANCE * power_H[-1]
+    power_C, axes_HC = power_H[keep_H], axes_HH[:, keep_H]
+    scale_C = np.sqrt(power_C + epsilon * np.abs(scatter_HH).max())
+    map_HC = axes_HC / scale_C
+    return _Whitened(centred_DH @ map_HC, map_HC, mean_H, (power_C / scale_C)[:, None] * axes_HC.T)
+
+
+def _canonical(cross_CC: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Singular vectors and values of the product of two whitened representations: (left, correlations, right)."""
+    left, coefficients, right = np.linalg.svd(cross_CC, full_matrices=False)
+    return left, np.minimum(coefficients, 1.0), right.T
+
+
+def _column_correlations(first_DC: np.ndarray, second_DC: np.ndarray) -> np.ndarray:
+    first_DC, second_DC = centre(first_DC), centre(second_DC)
+    norm_C = np.linalg.norm(first_DC, axis=0) * np.linalg.norm(second_DC, axis=0)
+    product_C = np.einsum("dc,dc->c", first_DC, second_DC)
+    return np.divide(product_C, norm_C, out=np.zeros_like(norm_C), where=norm_C > 0)
+
+
+def _pwcca_of_google_svcca(acts_a: np.ndarray, acts_b: np.ndarray, epsilon: float) -> Pwcca:
+    """google/svcca's ``compute_pwcca`` with the study's repair of its second branch, quirks kept."""
+    num_sentences, width_a = acts_a.shape
+    if num_sentences <= width_a:
+        raise ValueError(
+            f"mode='svcca' needs more sentences than features; {num_sentences} sentences of {width_a} features were "
+            "given. mode='definition' has no such limit."
+        )
+    check_varies(acts_a, "acts_a_DH")
+    check_varies(acts_b, "acts_b_DH")
+    covariance = np.cov(np.hstack([acts_a, acts_b]), rowvar=False)
+    covariance_aa, covariance_bb = covariance[:width_a, :width_a], covariance[width_a:, width_a:]
+    covariance_ab = covariance[:width_a, width_a:]
+    largest_a, largest_b = np.abs(covariance_aa).max(), np.abs(covariance_bb).max()
+    covariance_aa, covariance_bb = covariance_aa / largest_a, covariance_bb / largest_b
+    covariance_ab = covariance_ab / np.sqrt(largest_a * largest_b)
+    keep_a, keep_b = np.abs(np.diag(covariance_aa)) >= epsilon, np.abs(np.diag(covariance_bb)) >= epsilon
+    if not (keep_a.any() and keep_b.any()):
+        raise ValueError(f"epsilon={epsilon} leaves no feature of one representation; use a smaller one.")
+    root_a = _inverse_root(covariance_aa[np.ix_(keep_a, keep_a)], epsilon)
+    root_b = _inverse_root(covariance_bb[np.ix_(keep_b, keep_b)], epsilon)
+    left, coefficients, right = np.linalg.svd(root_a @ covariance_ab[np.ix_(keep_a, keep_b)] @ root_b)
+    rank_a, rank_b = int(keep_a.sum()), int(keep_b.sum())
+    if rank_a <= rank_b:
+        directions, acts = left.T, acts_a[:, keep_a]
+    else:
+        directions, acts = right, acts_b[:, keep_b]
+    mean_H = acts.mean(axis=0)
+    # Row i of the directions gets the mean of feature i, and the weights use features that are not centred, as there.
+    orthonormal, _ = np.linalg.qr((acts - mean_H) @ directions.T + mean_H)
+    weights = np.abs(orthonormal.T @ acts).sum(axis=1)
+    weights = weights / weights.sum()
+    return Pwcca(float(weights @ coefficients), coefficients, weights, rank_a, rank_b)
+
+
+def _inverse_root(covariance_HH: np.ndarray, epsilon: float) -> np.ndarray:
+    ridged = covariance_HH + epsilon * np.eye(len(covariance_HH))
+    spectrum = np.linalg.eigvalsh(ridged)
+    values, axes = np.linalg.eigh(np.linalg.pinv(ridged))
+    # Upstream takes the root of a negative number here and fails in the SVD that follows, or gives one of many values.
+    if spectrum[0] <= len(spectrum) * np.finfo(np.float64).eps * spectrum[-1] or values[0] < 0:
+        raise ValueError(
+            "a representation is rank-deficient (constant or dependent features, or too few sentences), for which "
+            "mode='svcca' has no stable value; use epsilon=1e-5, or mode='definition', which leaves them out."
+        )
+    return axes @ np.diag(np.sqrt(values)) @ axes.T
+
+
+@dataclass(frozen=True)
+class Svcca:
+    """Canonical correlation of the leading principal directions."""
+
+    value: float
+    """Mean of the coefficients."""
+    coefficients: np.ndarray
+    """float64 [C], descending."""
+    num_directions_a: int
+    """Principal directions kept of the first representation."""
+    num_directions_b: int
+    """And of the second."""
+
+
+def svcca(
+    acts_a_DH: np.ndarray, acts_b_DH: np.ndarray, num_directions: int | None = None, variance: float = 0.99
+) -> Svcca:
+    """Keep the leading principal directions of both representations, then correlate them canonically.
+
+    Args:
+        acts_a_DH: float [D, H_a].
+        acts_b_DH: float [D, H_b].
+        num_directions: how many to keep (the tutorial keeps 20); if left out, as many as reach ``variance``.
+        variance: share of each one's variance to keep, in (0, 1].
+
+    Raises:
+        ValueError: numbers of sentences differ, a value is not finite, a representation is constant, or there are fewer
+            directions than asked for.
+
+    Source: Raghu et al. 2017, arXiv:1706.05806; ridge 1e-10 as in its tutorial.
+    """
+    acts_a, acts_b = as_pair(acts_a_DH, acts_b_DH, same_width=False)
+    if not 0.0 < variance <= 1.0:
+        raise ValueError(f"variance={variance} is outside (0, 1].")
+    sides = []
+    for name, acts in (("acts_a_DH", acts_a), ("acts_b_DH", acts_b)):
+        check_varies(acts, name)
+        left_DC, scale_C, _ = np.linalg.svd(centre(acts), full_matrices=False)
+        power_C = scale_C**2
+        if num_directions is None:
+            share_C = np.cumsum(power_C) / power_C.sum()
+            # Rounding can leave the last share a hair below 1.
+            keep = min(int(np.searchsorted(share_C, variance)) + 1, len(power_C))
+        else:
+            keep = num_directions
+        if not 1 <= keep <= min(len(acts) - 1, acts.shape[1]):
+            raise ValueError(
+                f"num_directions={keep} is outside [1, {min(len(acts) - 1, acts.shape[1])}], the directions "
+                f"{len(acts)} sentences of {acts.shape[1]} features can have."
+            )
+        relative_C = power_C[:keep] / power_C[0]
+        relative_C = relative_C[relative_C >= SVCCA_EPSILON]
+        shrink_C = np.sqrt(relative_C / (relative_C + SVCCA_EPSILON))
+        sides.append((left_DC[:, : len(relative_C)] * shrink_C, keep))
+    (white_a, keep_a), (white_b, keep_b) = sides
+    _, coefficients, _ = _canonical(white_a.T @ white_b)
+    return Svcca(float(coefficients.mean()), coefficients, keep_a, keep_b)
+
+
+def linear_cka(acts_a_DH: np.ndarray, acts_b_DH: np.ndarray, debiased: bool = False) -> float:
+    """Linear centred kernel alignment: 1 for equal up to rotation, scale and shift.
+
+    ||Y'X||^2 / (||X'X|| ||Y'Y||) of the centred representations. The plain value grows with H/D also where nothing is
+    shared; the debiased one (unbiased HSIC) does not, may be negative, and is the one to use below D = 10 H.
+
+    Args:
+        acts_a_DH: float [D, H_a].
+        acts_b_DH: float [D, H_b].
+        debiased: use the unbiased estimator; needs four sentences.
+
+    Raises:
+        ValueError: numbers of sentences differ, a value is not finite, or a representation is constant.
+
+    Source: Kornblith et al. 2019, arXiv:1905.00414, and its notebook; Song et al. 2012 for the unbiased form.
+    """
+    acts_a, acts_b = as_pair(acts_a_DH, acts_b_DH, 4 if debiased else 2, same_width=False)
+    for name, acts in (("acts_a_DH", acts_a), ("acts_b_DH", acts_b)):
+        check_varies(acts, name)
+    acts_a, acts_b = centre(acts_a), centre(acts_b)
+    # The ratio does not depend on scale; without this, squares of squares of large values would overflow.
+    acts_a, acts_b = acts_a / np.abs(acts_a).max(), acts_b / np.abs(acts_b).max()
+    own_a, own_b = _alignment(acts_a, acts_a, debiased), _alignment(acts_b, acts_b, debiased)
+    if own_a <= 0 or own_b <= 0:
+        raise ValueError("a representation has no structure beyond chance to compare; more sentences are needed.")
+    return float(_alignment(acts_a, acts_b, debiased) / np.sqrt(own_a * own_b))
+
+
+def _alignment(acts_a: np.ndarray, acts_b: np.ndarray, debiased: bool) -> float:
+    """Squared norm of Y'X of centred representations, or its unbiased form (times a factor that cancels)."""
+    num = len(acts_a)
+    if num < max(acts_a.shape[1], acts_b.shape[1]):
+        total = float(np.vdot(acts_a @ acts_a.T, acts_b @ acts_b.T))
+    else:
+        total = float(np.square(acts_a.T @ acts_b).sum())
+    if not debiased:
+        return total
+    square_a, square_b = np.einsum("dh,dh->d", acts_a, acts_a), np.einsum("dh,dh->d", acts_b, acts_b)
+    together = float(square_a @ square_b)
+    return total - num / (num - 2) * together + float(square_a.sum() * square_b.sum()) / ((num - 1) * (num - 2))
+
+
+def permuted_cka(
+    acts_a_DH: np.ndarray,
+    acts_b_DH: np.ndarray,
+    debiased: bool = False,
+    num_permutations: int = 5,
+    seed: int = 0,
+) -> float:
+    """Mean linear CKA under shuffled pairs: its floor for these two representations.
+
+    Raises:
+        ValueError: as ``linear_cka``, or ``num_permutations`` is below 1.
+    """
+    if num_permutations < 1:
+        raise ValueError(f"num_permutations={num_permutations} must be positive.")
+    generator = np.random.default_rng(seed)
+    acts_b = np.asarray(acts_b_DH)
+    return float(
+        np.mean(
+            [
+                linear_cka(acts_a_DH, acts_b[generator.permutation(len(acts_b))], debiased)
+                for _ in range(num_permutations)
+            ]
+        )
+    )
