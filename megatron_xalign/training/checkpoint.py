@@ -1,0 +1,583 @@
+"""Save and load a training run in Megatron's torch_dist format, whatever layout of processes it continues on.
+
+A checkpoint holds weights, the optimizer's main weights and moments, the scheduler, random states, and
+``xalign.json`` (docs/checkpoints.md). It is written into a hidden folder beside the others and takes its name
+when everything is on disk, so a job killed at any moment leaves a loadable state.
+
+Optimizer tensors are stored in the shape of the weight they belong to, under ``optimizer.state.{param,exp_avg,
+exp_avg_sq}.WEIGHT``, with and without the distributed optimizer; ``param`` exists for bf16 runs only, since the main
+weights of an fp32 run are its weights. So tensor, pipeline and data size and the kind of optimizer may all change
+between save and load.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import platform as python_platform
+import queue
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from megatron_xalign import __version__
+from megatron_xalign.errors import CheckpointError
+from megatron_xalign.formats import checkpoint_folder
+from megatron_xalign.formats.atomic import replace_folder, sync_folder, write_json
+from megatron_xalign.formats.checkpoint import CheckpointReader
+from megatron_xalign.formats.checkpoint_folder import (
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    damaged,
+    describe_file,
+    find_damage,
+    partial_folder,
+    prune,
+    read_manifest,
+    remove_leftovers,
+    step_folder,
+)
+from megatron_xalign.topology import Ranks
+
+__all__ = ["latest_checkpoint", "load_checkpoint", "load_weights", "prune", "save_checkpoint", "unwrap"]
+
+EXTRA_KEYS = ("config", "consumed_samples", "tokenizer_sha256", "vocab_size")
+"""What ``extra`` must hold, for resuming and for conversion."""
+
+_MAIN_WEIGHT = "optimizer.state.param."
+
+log = logging.getLogger(__name__)
+
+
+def save_checkpoint(
+    folder: str | Path, step: int, model_chunks: Sequence[Any], optimizer: Any, scheduler: Any, ranks: Ranks,
+    extra: dict[str, Any],
+) -> Path:
+    """Write the state after ``step`` optimizer steps. Every process of the job calls it.
+
+    Args:
+        folder: ``checkpoints/`` of a run, seen by every process.
+        step: finished optimizer steps.
+        model_chunks: as ``build_model`` gives them.
+        optimizer: Megatron's optimizer over them.
+        scheduler: has ``state_dict()``; None if there is none.
+        ranks: this process's place.
+        extra: what else describes the run, JSON-able and the same on every process. ``config`` (the run's config as a
+            tree), ``vocab_size`` (before padding), ``tokenizer_sha256`` and ``consumed_samples`` must be there.
+
+    Returns:
+        The checkpoint, ``folder/step-000100``.
+
+    Raises:
+        CheckpointError: a process could not write its part. What was there before is untouched.
+        ValueError: ``extra`` lacks something.
+    """
+    missing = [key for key in EXTRA_KEYS if key not in extra]
+    if missing:
+        raise ValueError(f"extra lacks {', '.join(missing)}.")
+    folder = Path(folder)
+    final, partial = step_folder(folder, step), partial_folder(folder, step)
+    with _together(ranks, f"cannot prepare {partial}"):
+        if ranks.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
+            partial.mkdir()
+    try:
+        _write_tensors(partial, model_chunks, optimizer, scheduler, ranks)
+        with _together(ranks, f"cannot write random states to {partial}"):
+            _write_random_state(_random_state_file(partial, ranks.rank), ranks)
+        ranks.barrier()
+        files = _describe_files(partial, ranks)
+        with _together(ranks, f"cannot complete {final}"):
+            if ranks.rank == 0:
+                write_json(partial / MANIFEST, _manifest(step, ranks, _uses_distributed(optimizer), extra, files))
+                sync_folder(partial)
+                replace_folder(partial, final)
+    except CheckpointError:
+        if ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    log.info("saved %s.", final)
+    return final
+
+
+def load_checkpoint(
+    folder: str | Path, model_chunks: Sequence[Any], optimizer: Any, scheduler: Any, ranks: Ranks
+) -> dict[str, Any]:
+    """Put the state of a checkpoint into a freshly built model, optimizer and scheduler, on any layout.
+
+    Sizes and hashes of all files are compared with ``xalign.json`` first, each process a share of them, and nothing
+    is unpickled that has not been seen to hold tensors and plain values only.
+
+    Args:
+        folder: one checkpoint, ``checkpoints/step-000100``.
+        model_chunks: as ``build_model`` gives them.
+        optimizer: Megatron's optimizer over them; None leaves its state unread.
+        scheduler: has ``state_dict()`` and ``load_state_dict()``; None leaves it unread.
+        ranks: this process's place.
+
+    Returns:
+        ``step`` and ``extra`` as they were saved.
+
+    Raises:
+        CheckpointError: it is damaged, malicious, or of another model or schedule.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    _check_files(folder, manifest, ranks)
+    _load_model(folder, model_chunks)
+    if optimizer is not None:
+        _load_optimizer(folder, model_chunks, optimizer, manifest)
+    if scheduler is not None:
+        _load_scheduler(folder, scheduler, manifest)
+    if manifest["layout"] == _layout(ranks):
+        _read_random_state(_random_state_file(folder, ranks.rank), ranks)
+    else:
+        # With no dropout nothing is drawn while training, so nothing changes.
+        log.info(
+            "%s was written on layout %s; random states start afresh on %s.", folder, manifest["layout"], _layout(ranks)
+        )
+    ranks.barrier()
+    log.info("loaded %s.", folder)
+    return {"step": manifest["step"], "extra": manifest["extra"]}
+
+
+def load_weights(folder: str | Path, model_chunks: Sequence[Any], ranks: Ranks) -> dict[str, Any]:
+    """Put a checkpoint's weights into a model; optimizer, scheduler and random states stay as they are.
+
+    Raises:
+        CheckpointError: as ``load_checkpoint``.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    _check_files(folder, manifest, ranks)
+    _load_model(folder, model_chunks)
+    return {"step": manifest["step"], "extra": manifest["extra"]}
+
+
+def latest_checkpoint(folder: str | Path, ranks: Ranks | None = None) -> Path | None:
+    """The newest checkpoint of a run whose files are all there and unchanged; None if there is none.
+
+    Damaged ones are passed over with a warning. With ``ranks``, the first process looks and all get its answer; every
+    process must then call it.
+    """
+    if ranks is None:
+        return checkpoint_folder.latest_checkpoint(folder)
+    return ranks.broadcast_object(checkpoint_folder.latest_checkpoint(folder) if ranks.rank == 0 else None)
+
+
+def unwrap(chunk: Any) -> Any:
+    """Megatron's ``GPTModel`` inside its data-parallel and precision wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+@contextmanager
+def _together(ranks: Ranks, what: str) -> Iterator[None]:
+    """Run a block that may fail on one process's disk; if it does, every process raises, and none waits for it."""
+    problem = None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        problem = f"process {ranks.rank}: {error}"
+    problems: list[str | None] = [problem]
+    if ranks.world_size > 1:
+        problems = [None] * ranks.world_size
+        dist.all_gather_object(problems, problem)
+    found = [text for text in problems if text is not None]
+    if found:
+        raise CheckpointError(f"{what}: {'; '.join(found)}.")
+
+
+# What is written ------------------------------------------------------------------------------------------------------
+
+
+def _write_tensors(
+    partial: Path, model_chunks: Sequence[Any], optimizer: Any, scheduler: Any, ranks: Ranks
+) -> None:
+    from megatron.core import dist_checkpointing
+
+    model_state = _model_state(model_chunks)
+    state: dict[str, Any] = {**model_state}
+    step = _initialize_state(optimizer)
+    state["optimizer"] = _optimizer_state(optimizer, model_state, is_loading=False)
+    state["optimizer_step"] = step
+    state["scheduler"] = {} if scheduler is None else scheduler.state_dict()
+    strategy = dist_checkpointing.serialization.get_default_save_sharded_strategy()
+    strategy.thread_count = 1
+    options: dict[str, Any] = {"sharded_strategy": strategy}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+        # From 0.19 on; the default needs another package, for a save that we do not make asynchronously.
+        options["async_strategy"] = "mcore"
+    with _errors_of_core(f"cannot write {partial}"), _writing_in_this_process():
+        dist_checkpointing.save(state, str(partial), **options)
+    with _together(ranks, f"cannot write {partial}"):
+        if ranks.rank == 0:
+            for name in (".metadata", "metadata.json", "common.pt"):  # core syncs the others; 0.19 has no common.pt
+                if (partial / name).exists():
+                    with (partial / name).open("rb") as file:
+                        os.fsync(file.fileno())
+
+
+@contextmanager
+def _writing_in_this_process() -> Iterator[None]:
+    """Keep Megatron from starting processes to write files.
+
+    0.16.1 forks one process for each file and waits for them without bound; forking a process that has communication
+    threads is a gamble, and a child that dies is never noticed. Both versions start another process to hold a queue.
+    Here the files are written by the caller with Megatron's own function, and there is nothing to wait for.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    writer: Any = filesystem_async.FileSystemWriterAsync
+
+    def write_buckets(
+        transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results_queue: Any
+    ) -> None:
+        results: queue.Queue[Any] = queue.Queue()
+        for number, bucket in enumerate(buckets):
+            started: queue.Queue[int] = queue.Queue()
+            started.put(number)
+            writer.write_preloaded_data(
+                transforms, local_proc_idx=number, write_bucket=bucket, results_queue=results, count_queue=started,
+                use_fsync=True,
+            )
+        written = dict(results.get_nowait() for _ in buckets)
+        failed = [result for result in written.values() if isinstance(result, Exception)]
+        results_queue.put(failed[0] if failed else written)
+
+    name = "write_preloaded_data_multiproc"  # from 0.19 on it writes with threads, and one file without any
+    queue_before, forking = filesystem_async._results_queue, writer.__dict__.get(name)
+    filesystem_async._results_queue = queue.SimpleQueue()
+    if forking is not None:
+        setattr(writer, name, staticmethod(write_buckets))
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = queue_before
+        if forking is not None:
+            setattr(writer, name, forking)
+
+
+def _describe_files(partial: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file, each process a share of them; whole on every process."""
+    described: dict[str, dict[str, Any]] = {}
+    with _together(ranks, f"cannot read back {partial}"):
+        names = sorted(path.name for path in partial.iterdir())
+        described = {name: describe_file(partial / name) for name in names[ranks.rank :: ranks.world_size]}
+    shares = [described]
+    if ranks.world_size > 1:
+        gathered: list[Any] = [None] * ranks.world_size
+        dist.all_gather_object(gathered, described)
+        shares = gathered
+    return {name: facts for share in shares for name, facts in sorted(share.items())}
+
+
+def _layout(ranks: Ranks) -> dict[str, int]:
+    return {
+        "tensor_model_parallel_size": ranks.tensor_size,
+        "pipeline_model_parallel_size": ranks.pipeline_size,
+        "data_parallel_size": ranks.data_size,
+    }
+
+
+def _manifest(
+    step: int, ranks: Ranks, use_distributed_optimizer: bool, extra: dict[str, Any], files: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    import megatron.core
+
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "megatron_xalign": __version__,
+            "megatron_core": megatron.core.__version__,
+            "torch": torch.__version__,
+            "python": python_platform.python_version(),
+        },
+        "layout": _layout(ranks),
+        "use_distributed_optimizer": use_distributed_optimizer,
+        "extra": extra,
+        "files": files,
+    }
+
+
+# Model and optimizer --------------------------------------------------------------------------------------------------
+
+
+def _sharding() -> dict[str, Any]:
+    from megatron.core import parallel_state
+
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _model_state(model_chunks: Sequence[Any]) -> dict[str, Any]:
+    return {
+        f"model{number}": unwrap(chunk).sharded_state_dict(metadata=_sharding())
+        for number, chunk in enumerate(model_chunks)
+    }
+
+
+def _single(optimizer: Any) -> Any:
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    if len(chained) != 1:
+        raise ValueError(f"{len(chained)} chained optimizers; a dense model has one.")
+    return chained[0]
+
+
+def _uses_distributed(optimizer: Any) -> bool:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    return isinstance(_single(optimizer), DistributedOptimizer)
+
+
+def _is_torch_adam(inner: Any) -> bool:
+    """Whether steps are counted for each weight, as torch does; fused Adams count them in the parameter group."""
+    return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def _initialize_state(optimizer: Any) -> int:
+    """Give every weight the moments and step that the first update would give it; return the updates made so far.
+
+    torch's AdamW makes them at its first update, and Megatron's checkpoints fail on an optimizer without any.
+    """
+    inner = _single(optimizer).optimizer
+    if not _is_torch_adam(inner):
+        return max((int(group.get("step", 0)) for group in inner.param_groups), default=0)
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            state = inner.state[parameter]
+            if "exp_avg" not in state:
+                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state.setdefault("step", torch.tensor(0.0))
+    return max((int(state["step"]) for state in inner.state.values()), default=0)
+
+
+def _set_step(optimizer: Any, step: int) -> None:
+    """Give every weight a step counter of its own.
+
+    Megatron's distributed optimizer hands all of them the same tensor on loading, which the next update would then
+    advance once for each weight.
+    """
+    inner = _single(optimizer).optimizer
+    if _is_torch_adam(inner):
+        for group in inner.param_groups:
+            group.pop("step", None)
+        for state in inner.state.values():
+            state["step"] = torch.tensor(float(step))
+
+
+def _optimizer_state(optimizer: Any, model_state: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+    """Megatron's sharded optimizer state, the same tensors under the same keys for every kind of optimizer."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
+
+    state: dict[str, Any] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_sharding())
+    inner = state.get("optimizer", state)
+    for group in inner["param_groups"]:
+        if isinstance(group.get("params"), LocalNonpersistentObject):
+            group["params"] = group["params"].unwrap()
+    # Groups are what the config says and differ between layouts; the scheduler sets what changes in them.
+    inner["param_groups"] = LocalNonpersistentObject(inner["param_groups"])
+    if "state" in inner:
+        inner["state"].pop("common_step", None)
+    if "param_state_sharding_type" in state:
+        state["param_state_sharding_type"] = LocalNonpersistentObject(state["param_state_sharding_type"])
+    single_precision = not _single(optimizer).config.bf16
+    if single_precision and not is_loading:
+        for tensors in state.get("param_state", {}).values():
+            del tensors["param"]
+    for value in nested_values(state):
+        if isinstance(value, (ShardedTensor, ShardedTensorFactory)):
+            value.key = value.key.replace("optimizer.state.fp32_param.", _MAIN_WEIGHT)
+            if single_precision:
+                value.key = value.key.removeprefix(_MAIN_WEIGHT)
+    return state
+
+
+def _load_model(folder: Path, model_chunks: Sequence[Any]) -> None:
+    loaded = _load_with_core(_model_state(model_chunks), folder)
+    for number, chunk in enumerate(model_chunks):
+        unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=True)
+
+
+def _load_optimizer(folder: Path, model_chunks: Sequence[Any], optimizer: Any, manifest: dict[str, Any]) -> None:
+    _initialize_state(optimizer)
+    state = _optimizer_state(optimizer, _model_state(model_chunks), is_loading=True)
+    # Apart from the model's: the main weights of an fp32 run are read from the same stored tensors as its weights.
+    loaded = _load_with_core({"optimizer": state}, folder)["optimizer"]
+    step = int(_load_common(folder)["optimizer_step"])
+    inner = loaded.get("optimizer", loaded)
+    for group in inner["param_groups"]:
+        group["step"] = step
+    if "state" in inner and _is_torch_adam(_single(optimizer).optimizer):
+        inner["state"]["common_step"] = torch.tensor(float(step))
+    with _with_steps_in_place(_single(optimizer)):
+        optimizer.load_state_dict(loaded)
+    _set_step(optimizer, step)
+    if step != manifest["step"]:
+        log.info("%s: step %d after %d updates (some were skipped).", folder, manifest["step"], step)
+
+
+@contextmanager
+def _with_steps_in_place(optimizer: Any) -> Iterator[None]:
+    """Let Megatron's distributed optimizer load into torch's AdamW.
+
+    It copies every entry of AdamW's state from the checkpoint and fails on ``step``, which is stored once and not for
+    each weight (0.16.1 and 0.19.2: ``_set_main_param_and_optimizer_states``, KeyError 'step').
+    """
+    name = "_set_main_param_and_optimizer_states"
+    original: Callable[[Any, dict[str, Any]], None] | None = getattr(optimizer, name, None)
+    if original is None or not _is_torch_adam(optimizer.optimizer):
+        yield
+        return
+
+    def with_step(model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = optimizer.model_param_group_index_map[model_param]
+        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
+        original(model_param, {"step": state["step"], **tensors})
+
+    setattr(optimizer, name, with_step)
+    try:
+        yield
+    finally:
+        delattr(optimizer, name)
+
+
+def _load_scheduler(folder: Path, scheduler: Any, manifest: dict[str, Any]) -> None:
+    stored = _load_common(folder)["scheduler"]
+    current = scheduler.state_dict()
+    differing = [
+        f"{key} {stored.get(key)} (now {current[key]})"
+        for key in sorted(current)
+        if key != "num_steps" and key in stored and stored[key] != current[key]
+    ]
+    if differing and not getattr(scheduler, "override_opt_param_scheduler", False):
+        raise CheckpointError(
+            f"{folder} was trained on another schedule: {', '.join(differing)}. Resume with the settings of its "
+            "config.yaml, or start a new run."
+        )
+    scheduler.load_state_dict(stored)
+
+
+def _load_with_core(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing
+
+    with _errors_of_core(f"checkpoint {folder} does not fit this model"):
+        return dist_checkpointing.load(state, str(folder))
+
+
+def _load_common(folder: Path) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing
+
+    with _errors_of_core(f"checkpoint {folder} cannot be read"):
+        return dist_checkpointing.load_common_state_dict(str(folder))
+
+
+@contextmanager
+def _errors_of_core(what: str) -> Iterator[None]:
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        reasons = sorted({f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()})
+        raise CheckpointError(f"{what}: {'; '.join(reasons)}") from error
+    except (CheckpointingException, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{what}: {reason}") from error
+
+
+def _check_files(folder: Path, manifest: dict[str, Any], ranks: Ranks) -> None:
+    """Compare all files with the manifest, each process a share; the first one looks at what would be unpickled."""
+    damage = find_damage(folder, manifest, (ranks.rank, ranks.world_size))
+    shares: list[Any] = [damage]
+    if ranks.world_size > 1:
+        shares = [None] * ranks.world_size
+        dist.all_gather_object(shares, damage)
+    found = [line for share in shares for line in share]
+    if found:
+        raise damaged(folder, found)
+    problem = None
+    if ranks.rank == 0:
+        try:
+            CheckpointReader(folder).check_plain()
+        except CheckpointError as error:
+            problem = str(error)
+    problem = ranks.broadcast_object(problem)
+    if problem is not None:
+        raise CheckpointError(problem)
+
+
+# Random states --------------------------------------------------------------------------------------------------------
+
+
+def _random_state_file(folder: Path, rank: int) -> Path:
+    return folder / f"random-{rank:05d}.safetensors"
+
+
+def _write_random_state(path: Path, ranks: Ranks) -> None:
+    """States of torch's, Megatron's, NumPy's and Python's generators on this process."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    tensors = {"torch": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(ranks.device)
+    tensors |= {
+        f"megatron.{name}": state.cpu() for name, state in get_cuda_rng_tracker().get_states().items()
+    }
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    version, internal, gauss_next = random.getstate()
+    content = save(
+        {name: tensor.clone() for name, tensor in tensors.items()},
+        metadata={
+            "numpy": json.dumps([kind, np.asarray(keys).tolist(), *rest]),
+            "python": json.dumps([version, internal, gauss_next]),
+        },
+    )
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_random_state(path: Path, ranks: Ranks) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from None
+    torch.set_rng_state(tensors["torch"])
+    if ranks.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["cuda"], ranks.device)
+    get_cuda_rng_tracker().set_states(
+        {name.removeprefix("megatron."): state for name, state in tensors.items() if name.startswith("megatron.")}
+    )
+    kind, keys, *rest = json.loads(metadata["numpy"])
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    version, internal, gauss_next = json.loads(metadata["python"])
+    random.setstate((version, tuple(internal), gauss_next))
