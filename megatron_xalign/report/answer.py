@@ -16,9 +16,7 @@ from megatron_xalign.report.wording import (
     NO_BREAK,
     amount,
     language_name,
-    layer_words,
     listing,
-    pair_name,
     percent,
     thousands,
 )
@@ -51,15 +49,15 @@ def _retrieved(series: Series, pair: str) -> str:
         parts.append(f"{found} with {percent(fraction, digits=None)} parallel data")
     tokens = {amount(count) for count in series.tokens}
     return (
-        f"At step {thousands(series.step)} ({' / '.join(sorted(tokens))} tokens), retrieval of {pair_name(pair)} "
-        f"translations at the best layer is {listing(parts)}; chance is {percent(series.chance)}."
+        f"At step {thousands(series.step)} ({' / '.join(sorted(tokens))} tokens), retrieval of "
+        f"{series.pair_name(pair)} translations at the best layer is {listing(parts)}; chance is {percent(series.chance)}."
         + (f" In brackets: 95{NO_BREAK}% intervals over sentences." if banded else "")
     )
 
 
 def _supported(series: Series, pair: str) -> list[str]:
     rows = [(run, best_retrieval(run, pair, series.step)) for run in series.runs]
-    about = f"{pair_name(pair)}: " if len(series.pairs) > 1 else ""
+    about = f"{series.pair_name(pair)}: " if len(series.pairs) > 1 else ""
     sentences = []
     least, most = rows[0], rows[-1]
     if least[0].fraction < most[0].fraction and series.seeds_per_fraction == 1:
@@ -130,7 +128,7 @@ class Explanation:
 
 def explanations(series: Series) -> list[Explanation]:
     """What every measure in the report means, and what chance alone gives."""
-    share = percent(1 / len(series.languages), 0)
+    share = percent(1 / len(series.probed), 0)
     known = {
         "retrieval": (
             "Translations retrieved",
@@ -144,7 +142,7 @@ def explanations(series: Series) -> list[Explanation]:
             "MEXA",
             "Stricter: the share of translation pairs that are closer to each other than either is to any other "
             "sentence.",
-            f"below {percent(series.chance)}.",
+            f"1 in {thousands(2 * series.num_pairs - 1)}, {percent(1 / (2 * series.num_pairs - 1), 2)}.",
         ),
         "cosine_gap": (
             "Cosine, translation minus random",
@@ -159,10 +157,12 @@ def explanations(series: Series) -> list[Explanation]:
             "0.",
         ),
         "cka": (
-            "Linear CKA",
-            "How alike two languages arrange their sentences relative to each other, from 0 to 1; it does not matter "
-            "whether they lie in the same place.",
-            "what shuffled pairs give (dashed): above 0 when there are few sentences for the width of the model.",
+            "Linear CKA, debiased" if series.debiased_cka else "Linear CKA",
+            "How alike two languages arrange their sentences relative to each other; 1 is the same arrangement. It "
+            "does not matter whether they lie in the same place.",
+            "about 0, and below it now and then; the dashed line is what shuffled pairs give."
+            if series.debiased_cka
+            else "what shuffled pairs give (dashed): above 0 when there are few sentences for the model's width.",
         ),
         "pwcca": (
             "PWCCA",
@@ -180,8 +180,8 @@ def explanations(series: Series) -> list[Explanation]:
         "lape_count": (
             "LAPE neurons",
             "Neurons whose probability of being active is concentrated on few languages (the lowest entropies, a fixed "
-            "share of all neurons), listed under the languages they are active for.",
-            "a fixed share of all neurons is chosen whatever they do, so compare layers and languages, not totals.",
+            "share of all neurons), counted under each language they are active for.",
+            "a fixed share is chosen whatever the neurons do: compare layers and languages, not totals.",
         ),
         "silhouette": (
             "Silhouette",
@@ -209,8 +209,3 @@ def languages_in_words(series: Series) -> str:
     return listing(
         code if language_name(code) == code else f"{language_name(code)} ({code})" for code in series.languages
     )
-
-
-def best_layers_in_words(series: Series, pair: str) -> str:
-    """``layer 2 (30 %) and layer 3 (0 %)``."""
-    return listing(f"{layer_words(run.best_layer(pair, series.step))} ({run.label})" for run in series.runs)

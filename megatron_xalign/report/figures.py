@@ -27,7 +27,6 @@ from megatron_xalign.report.wording import (
     language_name,
     layer_words,
     listing,
-    pair_name,
     percent,
     thousands,
 )  # fmt: skip
@@ -58,7 +57,7 @@ def alignment_over_training(series: Series, palette: Palette) -> Picture:
     summary: list[str] = []
     for pair in series.pairs[:MAX_PAIRS_DRAWN]:
         best = {run.name: run.best_layer(pair, series.step) for run in series.runs}
-        about = f" · {pair_name(pair)}" if len(series.pairs) > 1 else ""
+        about = f" · {series.pair_name(pair)}" if len(series.pairs) > 1 else ""
         retrieval = [(run, run.curve("retrieval", best[run.name], pair)) for run in series.runs]
         gap = [(run, run.curve("cosine_gap", best[run.name], pair)) for run in series.runs]
         cka = [(run, run.curve("cka", best[run.name], pair)) for run in series.runs]
@@ -68,12 +67,12 @@ def alignment_over_training(series: Series, palette: Palette) -> Picture:
                 series, palette, retrieval, "translations found (%)", scale=100, chance=series.chance, floor=0)),
             Panel(f"Cosine, translation minus random{about}", training_panel(
                 series, palette, gap, "difference of cosines", chance=0.0)),
-            Panel(f"Linear CKA{about}", training_panel(
+            Panel(f"{_cka(series)}{about}", training_panel(
                 series, palette, cka, "similarity (0 to 1)", dashed=permuted, floor=0)),
         ]  # fmt: skip
         drawn += retrieval + gap + cka + permuted
         summary.append(
-            f"{pair_name(pair)} at step {thousands(series.step)}: "
+            f"{series.pair_name(pair)} at step {thousands(series.step)}: "
             + "; ".join(
                 f"{run.label} parallel data {percent(_at(rows, series.step))} retrieved"
                 f" (chance {percent(series.chance)})"
@@ -82,7 +81,7 @@ def alignment_over_training(series: Series, palette: Palette) -> Picture:
         )
     left_out = len(series.pairs) - MAX_PAIRS_DRAWN
     layers = "; ".join(
-        f"{pair_name(pair)}: "
+        f"{series.pair_name(pair)}: "
         + listing(f"{layer_words(run.best_layer(pair, series.step))} ({run.label})" for run in series.runs)
         for pair in series.pairs[:MAX_PAIRS_DRAWN]
     )
@@ -111,13 +110,13 @@ def alignment_by_layer(series: Series, palette: Palette) -> Picture:
         ("mexa", "", "MEXA", "score (%)"),
         ("cosine_gap", "", "Cosine, translation minus random", "difference of cosines"),
         ("cosine_centred_gap", "", "The same, languages centred", "difference of cosines"),
-        ("cka", "cka_permuted", "Linear CKA", "similarity (0 to 1)"),
+        ("cka", "cka_permuted", _cka(series), "similarity (0 to 1)"),
         ("pwcca", "pwcca_permuted", "PWCCA", "similarity (0 to 1)"),
     ]
     panels: list[Panel] = []
     drawn: list[Line] = []
     for pair in series.pairs[:MAX_PAIRS_DRAWN]:
-        about = f" · {pair_name(pair)}" if len(series.pairs) > 1 else ""
+        about = f" · {series.pair_name(pair)}" if len(series.pairs) > 1 else ""
         for measure, baseline, title, unit in wanted:
             if not series.has(measure):
                 continue
@@ -130,7 +129,7 @@ def alignment_by_layer(series: Series, palette: Palette) -> Picture:
                 series, palette, lines, unit, scale=scale, chance=chance, dashed=dashed, floor=floor)))  # fmt: skip
             drawn += lines + dashed
     best = [
-        f"{run.label} parallel data: best at {layer_words(run.best_layer(pair, series.step))} for {pair_name(pair)}"
+        f"{series.pair_name(pair)}, {run.label} parallel data: best at {layer_words(run.best_layer(pair, series.step))}"
         for pair in series.pairs[:MAX_PAIRS_DRAWN]
         for run in series.runs
     ]
@@ -162,6 +161,8 @@ def neurons_by_layer(series: Series, palette: Palette) -> Picture:
             continue
         for language in series.languages:
             lines = [(run, run.by_layer(measure, language, series.step)) for run in series.runs]
+            if not any(rows for _, rows in lines):
+                continue
             null = [(run, run.by_layer(baseline, language, series.step)) for run in series.runs] if baseline else []
             panels.append(Panel(f"{title} · {language_name(language)}", layer_panel(
                 series, palette, lines, "neurons", dashed=null, floor=0)))  # fmt: skip
@@ -171,7 +172,6 @@ def neurons_by_layer(series: Series, palette: Palette) -> Picture:
                 f"{thousands(sum(row.value for row in rows))} neurons, most in layer "
                 f"{max(rows, key=lambda row: row.value).layer}"
                 for run, rows in lines
-                if rows
             ]
     return Picture(
         name="neurons_by_layer",
@@ -214,7 +214,7 @@ def neurons_over_training(series: Series, palette: Palette) -> Picture:
         header=HEADER,
         records=_records(drawn),
         alt="Language-specific neurons in the whole model, last value. " + "; ".join(summary) + ".",
-        caption="All layers together.",
+        caption="All layers together." + _lape_source(series),
     )
 
 
@@ -225,10 +225,10 @@ def ap_distribution(series: Series, palette: Palette) -> Picture | None:
     thresholds = np.linspace(0.0, 1.0, 101)
     panels: list[Panel] = []
     records: list[tuple[Any, ...]] = []
-    for index, language in enumerate(series.languages):
+    for language in series.probed:
         curves = []
         for run in series.runs:
-            scores = np.sort(run.results.arrays["ap_scores"][index], axis=None)
+            scores = np.sort(run.results.arrays["ap_scores"][series.languages.index(language)], axis=None)
             counts = len(scores) - np.searchsorted(scores, thresholds.astype(scores.dtype), side="left")
             curves.append((run, counts))
             records += [
@@ -280,7 +280,7 @@ def projections(series: Series, palette: Palette) -> Picture | None:
         title="Where sentences lie",
         panels=panels,
         num_columns=len(layers),
-        legend=[Mark(language_name(code), palette.languages[code], "dot") for code in series.languages],
+        legend=[Mark(language_name(code), palette.languages[code], "dot") for code in series.probed],
         header=("run", "parallel_fraction", "step", "layer", "sentence", "language", "pc1", "pc2"),
         records=records,
         alt=f"Principal components of sentence representations at step {thousands(series.step)}, coloured by language. "
@@ -335,7 +335,7 @@ def probe_loss(series: Series, palette: Palette) -> Picture:
     ):
         if not series.has(measure):
             continue
-        for language in series.languages:
+        for language in series.probed:
             lines = [(run, run.curve(measure, None, language)) for run in series.runs]
             panels.append(Panel(f"{title} · {language_name(language)}", training_panel(series, palette, lines, unit)))
             drawn += lines
@@ -379,6 +379,19 @@ def _loss(line: dict[str, Any], language: str) -> float | None:
 
 def _at(rows: list[Row], step: int) -> float:
     return next(row.value for row in rows if row.step == step)
+
+
+def _cka(series: Series) -> str:
+    return "Linear CKA, debiased" if series.debiased_cka else "Linear CKA"
+
+
+def _lape_source(series: Series) -> str:
+    """On which tokens LAPE counted, where the analysis says so and it was not always the same."""
+    by_step = series.runs[0].results.context.get("lape", {}).get("source_by_step", {})
+    probe = [thousands(int(step)) for step, source in by_step.items() if source == "probe"]
+    if not probe:
+        return ""
+    return f" LAPE counts on the text trained on since the last probe; at step {listing(probe)} on the probe's own."
 
 
 def _width(series: Series) -> str:

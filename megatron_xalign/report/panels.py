@@ -75,7 +75,7 @@ def survival_panel(
             shown = counts > 0
             color = palette.fraction(run.fraction)
             axes.plot(thresholds[shown], counts[shown], color=color, linestyle=_dash(series, run))
-        axes.axvline(1.0 / len(series.languages), color=INK, linestyle="--", linewidth=1.0)
+        axes.axvline(1.0 / len(series.probed), color=INK, linestyle="--", linewidth=1.0)
         axes.set_yscale("log")
         axes.set_xlim(0.0, 1.0)
         axes.set_xlabel("average precision at least")
@@ -202,8 +202,10 @@ def _value_axis(axes: Axes, unit: str, floor: float | None) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=unit == "neurons"))
     axes.yaxis.set_major_formatter(_formatter(_plain))
     if floor is not None:
-        top = axes.get_ylim()[1]
-        axes.set_ylim(floor, top if top > floor else floor + 1)
+        # From the floor up, but never cutting off what lies below it.
+        low, high = axes.dataLim.y0, axes.get_ylim()[1]
+        if low >= floor:
+            axes.set_ylim(floor, high if high > floor else floor + 1)
 
 
 def _formatter(write: Callable[[float], str]) -> Any:

@@ -18,14 +18,17 @@ from megatron_xalign.errors import ConfigError, FormatError, XAlignError
 from megatron_xalign.formats.atomic import read_json
 from megatron_xalign.formats.results import Results, Row, read_results
 from megatron_xalign.formats.run_folder import RunFolder
-from megatron_xalign.report.wording import percent
+from megatron_xalign.report.wording import pair_name, percent
 
 Read = TypeVar("Read")
 
 REQUIRED_MEASURES = ("retrieval", "cosine_gap", "cka", "ap_count_0.9", "nll_per_token")
 """Without these there is no central picture; every other measure may be left out by the analysis, in all runs alike."""
 
-_SHAPE = ("languages", "num_layers", "hidden_size", "ffn_hidden_size", "num_pairs", "pooling", "probe_sha256")
+_SHAPE = (
+    "languages", "probed_languages", "num_layers", "hidden_size", "ffn_hidden_size", "num_pairs", "pooling",
+    "counted_tokens", "probe_sha256", "cka",
+)  # fmt: skip
 """Context entries that must agree before two runs may share a figure."""
 
 MAX_RUNS = 8
@@ -111,6 +114,8 @@ class Series:
     """At least one."""
     languages: list[str]
     """Codes, in the order of the runs' language ids."""
+    probed: list[str]
+    """Those the probe has sentences in."""
     pairs: list[str]
     """Language pairs ``a-b`` that were compared."""
     num_layers: int
@@ -128,6 +133,15 @@ class Series:
     def has(self, measure: str) -> bool:
         """Whether a measure is there (in one run means in all)."""
         return any(name == measure for name, _, _ in self.runs[0].rows)
+
+    @property
+    def debiased_cka(self) -> bool:
+        """Whether CKA is the debiased one, which chance holds near 0 and which may be negative."""
+        return self.runs[0].results.context.get("cka") == "debiased"
+
+    def pair_name(self, pair: str) -> str:
+        """A pair in words."""
+        return pair_name(pair, self.languages)
 
     @property
     def tokens(self) -> list[int]:
@@ -177,9 +191,11 @@ def read_series(folders: Sequence[Path]) -> Series:
             f"no step was analysed in every run ({listed}); probe the same steps in all runs of a series "
             "(capture.probe_interval_steps), then run `xalign analyze` on each."
         )
+    languages = list(context["languages"])
     series = Series(
-        runs, list(context["languages"]), pairs, int(context["num_layers"]), int(context["num_pairs"]), max(common)
-    )
+        runs, languages, list(context.get("probed_languages", languages)), pairs, int(context["num_layers"]),
+        int(context["num_pairs"]), max(common),
+    )  # fmt: skip
     for run in runs:
         for pair in pairs:
             run.best_layer(pair, series.step)  # raises if this run lacks the pair

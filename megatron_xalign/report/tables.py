@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from megatron_xalign.config import to_yaml
 from megatron_xalign.formats.results import Row
 from megatron_xalign.report.answer import best_retrieval
 from megatron_xalign.report.series import Run, Series
-from megatron_xalign.report.wording import duration, language_name, layer_name, pair_name, percent, thousands
+from megatron_xalign.report.wording import duration, language_name, layer_name, percent, thousands
 
 MISSING = "\u2013"
 
@@ -48,7 +49,7 @@ def alignment_table(series: Series) -> Table:
             interval = MISSING
             if best.low is not None and best.high is not None:
                 interval = f"{100 * best.low:.1f} to {percent(best.high)}"
-            cells = [Cell(pair_name(pair), "text")] if several else []
+            cells = [Cell(series.pair_name(pair), "text")] if several else []
             cells += [
                 Cell(layer_name(layer)),
                 Cell(percent(best.value)),
@@ -144,8 +145,9 @@ def mixture_language_table(run: Run) -> Table:
     """What one run read of each language."""
     table = Table(
         f"Languages of {run.name}",
-        ["language", "share asked", "share achieved", "content tokens", "monolingual", "in parallel documents"],
-    )
+        ["language", "share asked", "share achieved", "off by (samples)", "content tokens", "monolingual",
+         "in parallel documents"],
+    )  # fmt: skip
     for code, entry in run.audit["languages"].items():
         table.rows.append(
             (
@@ -153,6 +155,7 @@ def mixture_language_table(run: Run) -> Table:
                 [
                     _fraction(entry, "asked"),
                     _fraction(entry, "achieved", 2),
+                    _count(entry, "difference_samples", 2),
                     _count(entry, "content_tokens"),
                     _count(entry, "monolingual"),
                     _count(entry, "parallel"),
@@ -186,7 +189,7 @@ def _facts(run: Run, hf: Path | None) -> dict[str, str]:
         "steps": thousands(config.training.train_steps),
         "tokens": thousands(config.train_tokens),
         "weights": config.training.params_dtype,
-        "layout": ", ".join(f"{name} {size}" for name, size in _flat(layout)) or MISSING,
+        "layout": ", ".join(f"{_words(name)} {size}" for name, size in _flat(layout)) or MISSING,
         "training time": duration(run.wall_seconds),
     }
     if throughput:
@@ -196,7 +199,7 @@ def _facts(run: Run, hf: Path | None) -> dict[str, str]:
     facts["commit"] = str(run.facts.get("commit") or MISSING)
     facts["libraries"] = ", ".join(f"{name} {version}" for name, version in _flat(run.facts.get("versions", {})))
     for key, value in _flat({key: value for key, value in run.facts.items() if key not in known}):
-        facts[key.replace("_", " ")] = thousands(value) if isinstance(value, int) and value >= 1000 else str(value)
+        facts[_words(key)] = _plain(value)
     facts["started"] = "; ".join(str(start.get("time", MISSING)) for start in starts) or MISSING
     facts["command"] = "; ".join(_command(start.get("command", [])) for start in starts) or MISSING
     facts["run folder"] = str(run.folder.path)
@@ -228,13 +231,45 @@ def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from _flat(value, f"{path} {key}".strip())
 
 
-def corpus_table(corpus: Any) -> Table:
-    """Whatever ``corpus.json`` says of the text and its licences, a line each."""
-    table = Table("The text and its licences (corpus.json)", ["", "value"])
-    for key, value in _flat(corpus):
-        shown = thousands(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        table.rows.append((key.replace("_", " "), [Cell(shown, "text")]))
+def corpus_tables(corpus: Any) -> list[Table]:
+    """Whatever ``corpus.json`` says of the text: a table for each list or group of entries, one for all the rest."""
+    if not isinstance(corpus, Mapping):
+        return []
+    rest = Table("The corpus", ["", "value"])
+    tables = []
+    for key, value in corpus.items():
+        title = _words(key)
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            tables.append(_entries(f"Corpus: {title}", [("", item) for item in value]))
+        elif isinstance(value, Mapping) and value and all(isinstance(item, Mapping) for item in value.values()):
+            tables.append(_entries(f"Corpus: {title}", [(str(name), item) for name, item in value.items()]))
+        elif isinstance(value, Mapping):
+            rows = [(_words(name), [Cell(_plain(item), "text")]) for name, item in _flat(value)]
+            tables.append(Table(f"Corpus: {title}", ["", "value"], rows))
+        else:
+            rest.rows.extend((_words(name), [Cell(_plain(item), "text")]) for name, item in _flat({key: value}))
+    return [*tables, rest]
+
+
+def _entries(caption: str, entries: list[tuple[str, Mapping[str, Any]]]) -> Table:
+    """One row per entry, one column per key; entries without a name are headed by their first value."""
+    flat = [(name, dict(_flat(entry))) for name, entry in entries]
+    columns = list(dict.fromkeys(key for _, entry in flat for key in entry))
+    head = "" if any(name for name, _ in flat) else columns.pop(0)
+    table = Table(caption, [_words(head), *map(_words, columns)])
+    for name, entry in flat:
+        cells = [Cell(_plain(entry[key]) if key in entry else MISSING, "text") for key in columns]
+        table.rows.append((name or str(entry.get(head, MISSING)), cells))
     return table
+
+
+def _words(key: str) -> str:
+    """``num_bytes`` -> ``num bytes``; language codes keep their underscore."""
+    return key if re.search(r"[a-z]{3}_[A-Z][a-z]{3}", key) else key.replace("_", " ")
+
+
+def _plain(value: Any) -> str:
+    return thousands(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _number(row: Row | None, digits: int) -> Cell:

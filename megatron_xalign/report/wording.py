@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 
 _NAMES = {
     "arb": "Arabic", "ben": "Bengali", "bul": "Bulgarian", "cat": "Catalan", "ces": "Czech", "cym": "Welsh",
@@ -23,9 +24,12 @@ def language_name(code: str) -> str:
     return _NAMES.get(code.partition("_")[0], code)
 
 
-def pair_name(pair: str) -> str:
-    """``eng_Latn-fin_Latn`` -> ``English-Finnish``."""
-    return "-".join(language_name(code) for code in pair.split("-"))
+def pair_name(pair: str, languages: Sequence[str]) -> str:
+    """``eng_Latn-fin_Latn`` -> ``English-Finnish``; the languages are needed since a code may hold a hyphen."""
+    for one, other in itertools.permutations(languages, 2):
+        if f"{one}-{other}" == pair:
+            return f"{language_name(one)}-{language_name(other)}"
+    return pair
 
 
 def layer_name(layer: int) -> str:
