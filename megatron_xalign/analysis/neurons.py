@@ -15,7 +15,7 @@ AP_THRESHOLDS = (0.5, 0.75, 0.9, 0.95, 0.99)
 """A neuron is counted as specific to a language at each of these; the study reports them."""
 
 # Small enough for the passes over one block to stay in the processor's cache.
-_BLOCK_SCORES = 1 << 18
+_BLOCK_SCORES = 1 << 16
 
 
 def average_precision(scores_DN: np.ndarray, in_language_D: np.ndarray) -> np.ndarray:

@@ -138,6 +138,8 @@ def pwcca(
     - ``definition``: as published. Canonical directions h_i of the centred first representation, weights
       sum_j |<h_i, x_j>| over its centred features. Directions below a relative variance of 1e-6 are left out, so
       rank-deficient inputs have a value. Invariant to a shift and, in the correlations, to any invertible linear map.
+      With fewer sentences than both ranks together some correlations are 1 whatever the data, the directions among
+      those are arbitrary, and the value can move in its third digit with the linear algebra library.
     - ``svcca``: what google/svcca computes, number for number, and with it the study: directions without the whitening
       factor, the mean of feature i added to direction i, weights from features that are not centred. It moves when a
       common vector is added or features are reordered, and is refused for rank-deficient inputs unless ``epsilon`` > 0.

@@ -21,10 +21,11 @@ import numpy as np
 
 from megatron_xalign.analysis import neurons, projection, resampling, retrieval, similarity
 from megatron_xalign.analysis.representations import as_representations, centre
-from megatron_xalign.config import RunConfig, read_config
+from megatron_xalign.config import RunConfig
 from megatron_xalign.errors import FormatError
 from megatron_xalign.formats.neuron_stats import NeuronStats, list_neuron_stats, read_neuron_stats, stats_folder
 from megatron_xalign.formats.results import Results, Row, write_results
+from megatron_xalign.formats.run_folder import RunFolder
 from megatron_xalign.progress import track
 
 logger = logging.getLogger(__name__)
@@ -82,10 +83,10 @@ def analyze_run(
         FormatError: there are no statistics, a step is missing, a file is damaged, steps are about different probes or
             models, or a value is not finite; the message names folder, and layer and languages where it can.
     """
-    run_folder = Path(run_folder)
+    run = RunFolder(Path(run_folder))
     options = options or AnalysisOptions()
-    config = _config_of(run_folder)
-    folders = _folders(run_folder, config, allow_unfinished)
+    config = _config_of(run)
+    folders = _folders(run, config, allow_unfinished)
     last = read_neuron_stats(folders[-1][1])
     axes = _last_axes(last)
     counts_RP = (
@@ -95,7 +96,7 @@ def analyze_run(
     coordinates: list[np.ndarray] = []
     notes = _Notes()
     ap_scores = np.zeros((0, last.num_layers, last.ffn_hidden_size), np.float32)
-    for _, folder in track(folders, f"analysing {run_folder.name}", " checkpoints", len(folders)):
+    for _, folder in track(folders, f"analysing {run.path.name}", " checkpoints", len(folders)):
         stats = read_neuron_stats(folder)
         _check_alike(last, stats)
         rows += _lape_rows(stats, options, notes)
@@ -120,35 +121,31 @@ def analyze_run(
         }
         if len(ap_scores):
             arrays["ap_scores"] = ap_scores
-    results = Results(_context(run_folder, config, last, folders, options, notes, rows), rows, arrays)
-    write_results(run_folder / "analysis", results)
+    results = Results(_context(run.path.name, config, last, folders, options, notes, rows), rows, arrays)
+    write_results(run.analysis, results)
     return results
 
 
-def _config_of(run_folder: Path) -> RunConfig | None:
-    path = run_folder / "config.yaml"
-    if not path.is_file():
+def _config_of(run: RunFolder) -> RunConfig | None:
+    if not run.config_path.is_file():
         # Statistics of a published model have no training run behind them.
-        logger.info("%s has no config.yaml; whether steps are missing cannot be checked", run_folder)
+        logger.info("%s has no config.yaml; whether steps are missing cannot be checked", run.path)
         return None
-    config: RunConfig = read_config(path)
-    return config
+    return run.config()
 
 
-def _folders(run_folder: Path, config: RunConfig | None, allow_unfinished: bool) -> list[tuple[int, Path]]:
+def _folders(run: RunFolder, config: RunConfig | None, allow_unfinished: bool) -> list[tuple[int, Path]]:
     """Steps and folders to analyse, after checking that none is missing."""
-    folders = list_neuron_stats(run_folder)
+    folders = list_neuron_stats(run.path)
     known = {path for _, path in folders}
-    for path in sorted((run_folder / "neurons").glob("step-*")):
+    for path in sorted(run.neurons.glob("step-*")):
         if path not in known:
             raise FormatError(
                 f"{path} is not a complete statistics folder (it has no index.json); remove it and run the training "
                 "command again, which continues from the last checkpoint."
             )
     if not folders:
-        raise FormatError(
-            f"{run_folder / 'neurons'} holds no statistics; train with a `capture:` section, or check the path."
-        )
+        raise FormatError(f"{run.neurons} holds no statistics; train with a `capture:` section, or check the path.")
     if config is None or config.capture is None:
         return folders
     steps = {step for step, _ in folders}
@@ -161,7 +158,7 @@ def _folders(run_folder: Path, config: RunConfig | None, allow_unfinished: bool)
             "again, or analyse it as it is with allow_unfinished."
         )
         raise FormatError(
-            f"{stats_folder(run_folder, missing[0])} is missing"
+            f"{stats_folder(run.path, missing[0])} is missing"
             + (f", and {len(missing) - 1} more" if len(missing) > 1 else "") + f".{hint}"
         )
     return folders
@@ -407,7 +404,7 @@ def _last_axes(last: NeuronStats) -> list[projection.Projection]:
 
 
 def _context(
-    run_folder: Path,
+    folder_name: str,
     config: RunConfig | None,
     last: NeuronStats,
     folders: list[tuple[int, Path]],
@@ -428,7 +425,7 @@ def _context(
             "cka": _mean_of(rows, "cka_permuted"),
         }
     return {
-        "run": last.run_name or run_folder.name,
+        "run": last.run_name or folder_name,
         "parallel_fraction": None if config is None else config.data.mixture.parallel_fraction,
         "seed": None if config is None else config.seed,
         "languages": last.languages,
