@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -173,3 +175,30 @@ def test_the_librarys_own_tests_pass(name: str, tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("compiler", "words"),
+    [
+        ("no-such-compiler", "the compiler 'no-such-compiler' cannot be run"),
+        ("./broken", "broken exited with 1).\n    a.cpp:1: fatal error: no header for you\n"),
+    ],
+)
+def test_a_failed_compile_fails_the_build_and_says_what_to_install(compiler: str, words: str, tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    pytest.importorskip("pybind11")
+    shutil.copy(CSRC.parent / "setup.py", tmp_path)
+    shutil.copytree(CSRC, tmp_path / "csrc")
+    broken = tmp_path / "broken"
+    complaint = "In file included from b.h\\na.cpp:1: fatal error: no header for you"
+    broken.write_text(f"#!/bin/sh\nprintf '{complaint}' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tmp_path, env={**os.environ, "CXX": compiler}, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "apt-get install g++ python3-dev" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.so"))
