@@ -1,0 +1,195 @@
+"""Trains a tiny model with Megatron, capture on or off; started by the tests, alone or under torchrun.
+
+    job.py FOLDER SCENARIO_JSON...
+
+A scenario is ``{"name", "tensor", "pipeline", "sequence_parallel", "recompute", "micro_batch", "capture", "naive",
+"resume_at"}``; each leaves ``FOLDER/NAME/`` with the run's ``neurons/`` and, of the first process, ``outcome.npz``.
+``naive`` collects raw activations with hooks of its own, the oracle of the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_xalign import topology
+from megatron_xalign.batch import CurrentBatch, collate
+from megatron_xalign.capture.observer import NeuronObserver
+from megatron_xalign.capture.probe import ProbeSentence
+from megatron_xalign.config import RunConfig, from_tree
+
+LANGUAGES = ("eng_Latn", "fin_Latn")
+LAYERS, HIDDEN, FFN, VOCAB, LENGTH, GLOBAL_BATCH, STEPS, EOD = 2, 32, 48, 64, 16, 8, 3, 0
+
+
+def sample(number: int) -> dict[str, np.ndarray]:
+    """Sample k of the run, whatever the layout: two documents of different languages, some tokens of none."""
+    rng = np.random.default_rng([17, number])
+    tokens = rng.integers(1, VOCAB, LENGTH + 1)
+    first = np.arange(LENGTH + 1) < rng.integers(0, LENGTH)
+    language_ids = np.where(first, number % 2, (number + 1) % 2).astype(np.int8)
+    language_ids[rng.random(LENGTH + 1) < 0.2] = -1
+    tokens[language_ids == -1] = EOD
+    return {
+        "tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": np.ones(LENGTH, np.float32),
+        "position_ids": np.arange(LENGTH), "language_ids": language_ids[:-1], "label_language_ids": language_ids[1:],
+        "source_ids": np.zeros(LENGTH, np.int16),
+    }
+
+
+def probe() -> list[ProbeSentence]:
+    rng = np.random.default_rng(23)
+    return [
+        ProbeSentence(f"pair{pair}", language, rng.integers(1, VOCAB, rng.integers(1, LENGTH)), 10 + pair)
+        for pair in range(5)
+        for language in LANGUAGES
+    ]
+
+
+def configure(folder: Path, scenario: dict[str, Any]) -> RunConfig:
+    return from_tree(
+        RunConfig,
+        {
+            "name": scenario["name"], "output_dir": str(folder),
+            "model": {
+                "num_layers": LAYERS, "hidden_size": HIDDEN, "ffn_hidden_size": FFN, "num_attention_heads": 4,
+                "make_vocab_size_divisible_by": 1,
+            },
+            "parallel": {
+                "tensor_model_parallel_size": scenario.get("tensor", 1),
+                "pipeline_model_parallel_size": scenario.get("pipeline", 1),
+                "sequence_parallel": scenario.get("sequence_parallel", False), "distributed_timeout_seconds": 60,
+            },
+            # A large epsilon: Adam would else blow up the last digits, in which layouts differ.
+            "optimizer": {"lr": 1e-2, "min_lr": 1e-2, "lr_warmup_steps": 0, "adam_eps": 1e-2},
+            "data": {"seq_length": LENGTH},
+            "training": {
+                "train_steps": STEPS, "global_batch_size": GLOBAL_BATCH, "micro_batch_size": scenario["micro_batch"],
+                "recompute": scenario.get("recompute", "none"), "save_interval_steps": 2,
+            },
+            # Files at steps 0, 2 and 3: the interval and the last step.
+            "capture": {"probe_interval_steps": 2, "probe_batch_tokens": 48},
+        },
+    )
+
+
+class Naive:
+    """An observer that keeps every activation whole and reads the probe one sentence at a time, unpadded."""
+
+    def __init__(self, model: Any, outcome: dict[str, np.ndarray]) -> None:
+        self.model, self.outcome = model, outcome
+        self.raw: dict[str, list[torch.Tensor]] = {}
+        inner = model.module
+        self.watch(inner.embedding, "residual0")
+        for layer in inner.decoder.layers:
+            number = layer.layer_number - 1
+            self.watch(layer.mlp.linear_fc1, f"fc1_{number}")
+            layer.mlp.linear_fc2.register_forward_pre_hook(
+                lambda module, args, name=f"act{number}": self.keep(name, args[0])
+            )
+            self.watch(layer, f"residual{number + 1}")
+
+    def watch(self, module: torch.nn.Module, name: str) -> None:
+        module.register_forward_hook(
+            lambda module, args, output: self.keep(name, output[0] if isinstance(output, tuple) else output)
+        )
+
+    def keep(self, name: str, tensor: torch.Tensor) -> None:
+        self.raw.setdefault(name, []).append(tensor.detach().clone())
+
+    def before_step(self, step: int) -> None:
+        if step == 0:
+            self.probe(step)
+        self.raw.clear()
+
+    def after_step(self, step: int, metrics: Any) -> None:
+        for name, (tensor,) in self.raw.items():
+            self.outcome[f"step{step}_{name}"] = tensor.numpy()
+        numbers = range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH)
+        self.outcome[f"step{step}_language_ids"] = np.stack([sample(number)["language_ids"] for number in numbers])
+        if step in (2, 3):
+            self.probe(step)
+
+    def after_save(self, step: int, path: Path) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def probe(self, step: int) -> None:
+        self.raw.clear()
+        nll = []
+        with torch.no_grad():
+            for sentence in probe():
+                tokens = torch.tensor([[EOD, *sentence.tokens]])
+                labels = torch.roll(tokens, -1, 1)
+                losses_BS = self.model(tokens, torch.arange(tokens.shape[1])[None], None, labels=labels)
+                nll.append(losses_BS[0, :-1].double().sum().item())
+        self.outcome[f"probe{step}_nll"] = np.array(nll)
+        for name, tensors in self.raw.items():
+            without_eod = [tensor[1:, 0].double().numpy() for tensor in tensors]
+            self.outcome[f"probe{step}_{name}_mean"] = np.stack([tensor.mean(0) for tensor in without_eod])
+            self.outcome[f"probe{step}_{name}"] = np.concatenate(without_eod)
+
+
+def run(config: RunConfig, ranks: topology.Ranks, scenario: dict[str, Any]) -> None:
+    from megatron_xalign.training.forward import build_forward_only
+    from megatron_xalign.training.loop import fit
+    from megatron_xalign.training.model import build_model
+    from megatron_xalign.training.optimizer import build_optimizer
+
+    chunks = build_model(
+        config.model, padded_vocab_size=VOCAB, seq_length=LENGTH, parallel=config.parallel, params_dtype="fp32",
+        recompute=config.training.recompute, ranks=ranks, seed=config.seed,
+    )
+    optimizer = build_optimizer(
+        chunks, config.optimizer, parallel=config.parallel, params_dtype="fp32", train_steps=STEPS
+    )
+    folder, current, outcome = Path(config.output_dir), CurrentBatch(), {}
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def fit_until(start_step: int, stop_step: int) -> None:
+        observers: list[Any] = []
+        if scenario.get("capture", True):
+            forward_only = build_forward_only(chunks, ranks, current)
+            observers.append(
+                NeuronObserver(
+                    config, model_chunks=chunks, ranks=ranks, current_batch=current, forward_only=forward_only,
+                    probe=probe(), languages=LANGUAGES, eod_id=EOD,
+                )
+            )
+        if scenario.get("naive"):
+            observers.append(Naive(chunks[0], outcome))
+        line = fit(
+            chunks, optimizer, lambda numbers: collate([sample(number) for number in numbers]),
+            dataclasses.replace(config.training, train_steps=stop_step), ranks, metrics_path=folder / "metrics.jsonl",
+            save=lambda step: folder, languages=LANGUAGES, source_names=["source"], observers=observers,
+            current_batch=current, start_step=start_step,
+        )
+        outcome["loss"], outcome["grad_norm"] = np.array(line["loss"]), np.array(line["grad_norm"])
+
+    resume_at = scenario.get("resume_at", 0)
+    if resume_at:
+        fit_until(0, resume_at)
+    fit_until(resume_at, STEPS)
+    outcome["hooks"] = np.array(
+        sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for chunk in chunks for m in chunk.modules())
+    )
+    outcome["weights"] = np.concatenate([p.detach().numpy().ravel() for p in chunks[0].parameters()])
+    if ranks.rank == 0:
+        np.savez(folder / "outcome.npz", **outcome)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for text in sys.argv[2:]:
+        settings = json.loads(text)
+        run_config = configure(Path(sys.argv[1]) / settings["name"], settings)
+        with topology.start(run_config.parallel, run_config.seed) as place:
+            run(run_config, place, settings)
