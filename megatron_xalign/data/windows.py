@@ -141,8 +141,12 @@ class SourceWindows:
             real_starts = epoch.starts[:-1][np.diff(epoch.starts) > 0]
             before = np.searchsorted(real_starts, at, side="left")
             begun += int((before[drawn + 1] - before[drawn]).sum())
-            borders = epoch.borders[np.union1d(drawn, drawn + 1)]
-            cut += len(np.unique(borders[borders[:, 1] > 0, 0]))
+            # Flags and not np.unique: a border serves two windows, a long document has many borders.
+            is_border = np.zeros(len(epoch.borders), dtype=bool)
+            is_border[drawn] = is_border[drawn + 1] = True
+            is_cut = np.zeros(len(epoch.documents), dtype=bool)
+            is_cut[epoch.borders[is_border & (epoch.borders[:, 1] > 0), 0]] = True
+            cut += int(is_cut.sum())
         return begun, cut
 
     def _build(self, number: int) -> Epoch:
