@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from plain_model import LENGTH, ONE_PROCESS, VOCAB, Model, make_batches, train_on
+
+from megatron_xalign.batch import Batch, CurrentBatch
+from megatron_xalign.capture.observer import NeuronObserver
+from megatron_xalign.capture.probe import ProbeSentence
+from megatron_xalign.config import CaptureConfig, DataConfig, RunConfig, TrainingConfig
+from megatron_xalign.errors import ConfigError, FormatError, XAlignError
+from megatron_xalign.formats.neuron_stats import list_neuron_stats, read_neuron_stats
+
+LANGUAGES = ("eng_Latn", "fin_Latn")
+SENTENCES = [
+    ProbeSentence(pair, language, np.array(tokens), 9)
+    for pair, language, tokens in (("p", "fin_Latn", [3, 4]), ("p", "eng_Latn", [5]), ("q", "eng_Latn", [6, 7, 8]))
+]
+
+
+def run(
+    folder: Path, steps: int, probe: list[ProbeSentence] = SENTENCES, model: Model | None = None, **capture: Any
+) -> None:
+    """A training loop in small: two micro-batches of 2 samples a step, the weights doubled at each."""
+    config = RunConfig(
+        output_dir=str(folder), capture=CaptureConfig(**capture), data=DataConfig(seq_length=LENGTH),
+        training=TrainingConfig(
+            train_steps=steps, global_batch_size=4, micro_batch_size=2,
+            save_interval_steps=capture.get("probe_interval_steps", 50),
+        ),
+    )
+    model, current = model or Model(), CurrentBatch()
+
+    def forward_only(batches: list[Batch]) -> list[torch.Tensor]:
+        losses = []
+        for batch in batches:
+            current.batch = batch
+            model(batch.tokens)
+            losses.append(torch.ones(batch.tokens.shape))
+        return losses
+
+    observer = NeuronObserver(
+        config, model_chunks=[model], ranks=ONE_PROCESS, current_batch=current, forward_only=forward_only, probe=probe,
+        languages=LANGUAGES, eod_id=0,
+    )
+    try:
+        for step in range(steps):
+            observer.before_step(step)
+            train_on(model, make_batches(step + 1, [2, 2]), current)
+            with torch.no_grad():
+                model.embedding.weight *= 2
+            observer.after_step(step + 1, {})
+    finally:
+        observer.close()
+
+
+def tokens_of(step: int) -> np.ndarray:
+    ids = torch.cat([batch.language_ids for batch in make_batches(step, [2, 2])])
+    return np.array([int((ids == k).sum()) for k in range(2)])
+
+
+def test_step_0_every_interval_and_the_last_step_are_written_and_sums_begin_anew(tmp_path: Path) -> None:
+    run(tmp_path, steps=5, probe_interval_steps=2)
+    stats = {step: read_neuron_stats(path) for step, path in list_neuron_stats(tmp_path)}
+    assert list(stats) == [0, 2, 4, 5]
+    assert not stats[0].has_stream
+    for step, window in ((2, (1, 2)), (4, (3, 4)), (5, (5,))):
+        assert (stats[step].index.stream_first_step, stats[step].index.stream_last_step) == (window[0], window[-1])
+        np.testing.assert_array_equal(stats[step].stream_tokens_K, sum(tokens_of(n) for n in window))
+    # The embedding doubles at every step, so the file of step n shows the weights after n steps.
+    ratio = stats[4].probe_residual_mean_DMH[:, 0] / stats[2].probe_residual_mean_DMH[:, 0]
+    np.testing.assert_allclose(ratio, 4.0)
+    assert [stats[5].index.step, stats[5].consumed_tokens] == [5, 5 * 4 * LENGTH]
+    np.testing.assert_array_equal(stats[5].probe_nll_D, [2.0, 1.0, 3.0])
+    np.testing.assert_array_equal(stats[5].probe_tokens_D, [2, 1, 3])
+    assert stats[5].pair_ids == ["p"]
+
+
+def test_every_third_step_is_summed_when_asked(tmp_path: Path) -> None:
+    run(tmp_path, steps=8, probe_interval_steps=4, stream_interval_steps=3)
+    first, second = (read_neuron_stats(tmp_path / "neurons" / f"step-{step:06d}") for step in (4, 8))
+    np.testing.assert_array_equal(first.stream_tokens_K, tokens_of(3))
+    np.testing.assert_array_equal(second.stream_tokens_K, tokens_of(6))
+    assert second.index.stream_interval_steps == 3
+
+
+def test_the_stream_alone_and_the_probe_alone_can_be_captured(tmp_path: Path) -> None:
+    run(tmp_path / "stream", steps=2, probe=[])
+    assert [step for step, _ in list_neuron_stats(tmp_path / "stream")] == [2]
+    stats = read_neuron_stats(tmp_path / "stream" / "neurons" / "step-000002")
+    assert stats.has_stream and not stats.has_probe
+    run(tmp_path / "probe", steps=2, stream=False)
+    stats = read_neuron_stats(tmp_path / "probe" / "neurons" / "step-000002")
+    assert stats.has_probe and not stats.has_stream
+    with pytest.raises(FormatError, match="stream_sum_KLF"):
+        _ = stats.stream_sum_KLF
+    with pytest.raises(ConfigError, match=r"capture\.stream=false"):
+        run(tmp_path / "nothing", steps=2, probe=[], stream=False)
+
+
+def test_a_layer_missed_in_training_stops_the_run_and_leaves_no_hooks(tmp_path: Path) -> None:
+    model = Model()
+    model.skip = 2
+    with pytest.raises(XAlignError, match="layer 2 0 times in 2 micro-batches"):
+        run(tmp_path, steps=1, probe=[], model=model)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_another_probe_has_another_identity_in_the_file(tmp_path: Path) -> None:
+    changed = [*SENTENCES[:2], dataclasses.replace(SENTENCES[2], tokens=np.array([6, 7, VOCAB - 1]))]
+    digests = []
+    for name, probe in (("a", SENTENCES), ("b", SENTENCES), ("c", changed)):
+        run(tmp_path / name, steps=1, probe=probe, stream=False)
+        digests.append(read_neuron_stats(tmp_path / name / "neurons" / "step-000001").index.probe_sha256)
+    assert digests[0] == digests[1] != digests[2]
