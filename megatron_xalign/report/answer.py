@@ -50,7 +50,8 @@ def _retrieved(series: Series, pair: str) -> str:
     tokens = {amount(count) for count in series.tokens}
     return (
         f"At step {thousands(series.step)} ({' / '.join(sorted(tokens))} tokens), retrieval of "
-        f"{series.pair_name(pair)} translations at the best layer is {listing(parts)}; chance is {percent(series.chance)}."
+        f"{series.pair_name(pair)} translations at the best layer is {listing(parts)}; chance is "
+        f"{percent(series.chance)}."
         + (f" In brackets: 95{NO_BREAK}% intervals over sentences." if banded else "")
     )
 

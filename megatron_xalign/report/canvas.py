@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+STEP_LABEL = "step-label"
+"""Marks the labels above an axis of tokens."""
+
 INK, MUTED, GRID = "#1d232a", "#5a6572", "#d5dae0"
 _FIXED = {"ink": (INK, "#e8ecf1"), "muted": (MUTED, "#a3aebb"), "grid": (GRID, "#343c46")}
 
@@ -35,8 +38,6 @@ _LANGUAGES = (
 # No parallel data is grey; then viridis, the dark end for the largest share on white, the bright end on black.
 _NO_PARALLEL = ("#868f99", "#8d97a3")
 _LIGHT_RAMP, _DARK_RAMP = (0.64, 0.04), (0.5, 0.97)
-
-Size = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,10 @@ class Picture:
     alt: str
     """What the figure shows, with its key numbers, for readers who do not see it."""
     caption: str
-    panel_size: Size = (3.7, 2.7)
+    panel_size: tuple[float, float] = (3.7, 2.7)
     """Width and height of one panel, inches."""
+    margins: tuple[float, float, float, float] = (0.6, 0.12, 0.46, 0.46)
+    """Inches left, right, below and above the axes; fixed, so that the axes of neighbours are aligned."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def drawing_style() -> AbstractContextManager[None]:
     style: AbstractContextManager[None] = matplotlib.rc_context(
         {
             "font.family": "DejaVu Sans", "font.size": 9.0, "text.color": INK, "text.parse_math": False,
-            "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 8.0,
+            "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
             "axes.titlecolor": INK, "axes.labelcolor": MUTED, "axes.labelsize": 8.5,
             "axes.edgecolor": MUTED, "axes.linewidth": 0.8, "axes.facecolor": "none",
             "axes.spines.top": False, "axes.spines.right": False,
@@ -166,8 +169,8 @@ def draw_panel(panel: Panel, picture: Picture, index: int, palette: Palette) -> 
     matplotlib = import_matplotlib()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=picture.panel_size, layout="constrained")
-    _draw_into(figure.add_subplot(), panel)
+    figure = Figure(figsize=picture.panel_size)
+    _draw_into(figure, panel, picture, 0.0, 0.0)
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": f"{picture.name}-{index}"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
@@ -194,10 +197,16 @@ def compose(picture: Picture) -> Figure:
     from matplotlib.patches import Patch
 
     num_rows = -(-len(picture.panels) // picture.num_columns)
-    width, height = picture.panel_size
-    figure = Figure(figsize=(width * picture.num_columns, height * num_rows + 0.5), layout="constrained")
+    panel_width, panel_height = picture.panel_size
+    width = panel_width * picture.num_columns
+    labels = [mark.label for mark in picture.legend]
+    widths = [0.62 + 0.075 * len(label) for label in labels]  # inches, at the legend's nine points
+    num_legend_columns = len(labels) if sum(widths) < width else max(1, int(width / max(widths)))
+    legend_height = 0.12 + 0.2 * -(-len(labels) // num_legend_columns)
+    figure = Figure(figsize=(width, panel_height * num_rows + legend_height))
     for index, panel in enumerate(picture.panels):
-        _draw_into(figure.add_subplot(num_rows, picture.num_columns, index + 1), panel)
+        row, column = divmod(index, picture.num_columns)
+        _draw_into(figure, panel, picture, column * panel_width, (num_rows - 1 - row) * panel_height)
     shapes = {"line": ("-", ""), "dashed": ("--", ""), "dot": ("", "o")}
     handles: list[Any] = [
         Patch(facecolor=mark.color, alpha=0.25)
@@ -205,21 +214,25 @@ def compose(picture: Picture) -> Figure:
         else Line2D([], [], color=mark.color, linestyle=shapes[mark.kind][0], marker=shapes[mark.kind][1])
         for mark in picture.legend
     ]
-    engine: Any = figure.get_layout_engine()
-    engine.set(w_pad=0.12, h_pad=0.08)
-    labels = [mark.label for mark in picture.legend]
-    widest = max(0.75 + 0.075 * len(label) for label in labels)  # inches, at the legend's nine points
-    fits = sum(0.75 + 0.075 * len(label) for label in labels) < width * picture.num_columns
-    figure.legend(
-        handles=handles, labels=labels, loc="outside upper left",
-        ncols=len(labels) if fits else max(1, int(width * picture.num_columns / widest)),
-    )  # fmt: skip
+    figure.legend(handles=handles, labels=labels, loc="upper left", ncols=num_legend_columns, borderaxespad=0.3)
     return figure
 
 
-def _draw_into(axes: Axes, panel: Panel) -> None:
-    axes.set_title(panel.title)
+def _draw_into(figure: Figure, panel: Panel, picture: Picture, left: float, bottom: float) -> None:
+    """Draw a panel whose lower left corner is ``left`` and ``bottom`` inches into the figure."""
+    total_width, total_height = figure.get_size_inches()
+    (width, height), (west, east, south, north) = picture.panel_size, picture.margins
+    axes = figure.add_axes(
+        (
+            (left + west) / total_width,
+            (bottom + south) / total_height,
+            (width - west - east) / total_width,
+            (height - south - north) / total_height,
+        )
+    )
     panel.draw(axes)
+    # Above the labels of the steps, where there are some.
+    axes.set_title(panel.title, pad=16.0 if axes.texts and axes.texts[0].get_gid() == STEP_LABEL else 8.0)
 
 
 def _inline(svg: str, prefix: str, palette: Palette) -> str:

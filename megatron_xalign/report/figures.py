@@ -148,6 +148,7 @@ def alignment_by_layer(series: Series, palette: Palette) -> Picture:
         alt=f"Alignment by layer at step {thousands(series.step)}. " + "; ".join(best) + ".",
         caption=f"Step {thousands(series.step)}. emb is the output of the embedding, before any layer: what is alike "
         "there is alike token by token.",
+        margins=(0.6, 0.12, 0.46, 0.34),
     )
 
 
@@ -183,6 +184,7 @@ def neurons_by_layer(series: Series, palette: Palette) -> Picture:
         records=_records(drawn),
         alt=f"Language-specific neurons by layer at step {thousands(series.step)}. " + "; ".join(summary) + ".",
         caption=f"Step {thousands(series.step)}; every layer has {_width(series)} neurons.",
+        margins=(0.68, 0.12, 0.46, 0.34),
     )
 
 
@@ -215,6 +217,7 @@ def neurons_over_training(series: Series, palette: Palette) -> Picture:
         records=_records(drawn),
         alt="Language-specific neurons in the whole model, last value. " + "; ".join(summary) + ".",
         caption="All layers together." + _lape_source(series),
+        margins=(0.68, 0.12, 0.46, 0.46),
     )
 
 
@@ -249,6 +252,7 @@ def ap_distribution(series: Series, palette: Palette) -> Picture | None:
         records=records,
         alt=f"Number of neurons whose average precision reaches each threshold, at step {thousands(series.step)}.",
         caption=f"Step {thousands(series.step)}; logarithmic scale.",
+        margins=(0.68, 0.12, 0.46, 0.34),
     )
 
 
@@ -289,6 +293,7 @@ def projections(series: Series, palette: Palette) -> Picture | None:
         "variance each component explains; every panel has axes of its own. Silhouette: near 1 the languages lie "
         "apart, near 0 they are mixed.",
         panel_size=(2.7, 2.6),
+        margins=(0.3, 0.1, 0.34, 0.34),
     )  # fmt: skip
 
 

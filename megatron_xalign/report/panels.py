@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_xalign.formats.results import Row
-from megatron_xalign.report.canvas import INK, Palette
+from megatron_xalign.report.canvas import INK, MUTED, STEP_LABEL, Palette
 from megatron_xalign.report.series import Run, Series
 from megatron_xalign.report.wording import amount, layer_name, percent, thousands
 
@@ -184,15 +184,15 @@ def _token_axis(axes: Axes, series: Series) -> None:
     axes.xaxis.set_major_formatter(_formatter(lambda value: "0" if value == 0 else amount(value)))
     per_step = {run.config.training.global_batch_size * run.config.data.seq_length for run in series.runs}
     if len(per_step) == 1:
-        steps: Any = axes.secondary_xaxis("top", functions=_ratio(per_step.pop()))
-        steps.xaxis.set_major_locator(_locator())
-        steps.xaxis.set_major_formatter(_formatter(lambda value: "step 0" if value == 0 else thousands(value)))
-        steps.tick_params(length=0, pad=1, labelsize=7.5)
-        steps.spines["top"].set_visible(False)
-
-
-def _ratio(size: int) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    return (lambda value: np.asarray(value) / size), (lambda value: np.asarray(value) * size)
+        tokens = per_step.pop()
+        low, high = axes.get_xlim()
+        for step in _locator().tick_values(0.0, high / tokens):
+            if low <= step * tokens <= high:
+                axes.annotate(
+                    "step 0" if step == 0 else thousands(step), (step * tokens, 1.0),
+                    xycoords=axes.get_xaxis_transform(), xytext=(0, 3), textcoords="offset points", ha="center",
+                    color=MUTED, fontsize=7.5, gid=STEP_LABEL,
+                )  # fmt: skip
 
 
 def _value_axis(axes: Axes, unit: str, floor: float | None) -> None:

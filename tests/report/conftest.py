@@ -71,7 +71,7 @@ def write_run(
     context = {
         "run": config.name, "parallel_fraction": fraction, "languages": list(languages), "num_layers": num_layers,
         "ffn_hidden_size": ffn_hidden_size, "hidden_size": 192, "num_pairs": num_pairs, "pooling": "mean",
-        "probe_sha256": "0" * 64,
+        "probe_sha256": "0" * 64, "probed_languages": list(languages),
     }  # fmt: skip
     write_results(folder / "analysis", Results(context, rows, arrays))
     return folder
@@ -178,7 +178,7 @@ def _facts(config: RunConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_run() -> Callable[..., Path]:
     """``write_run``, for tests that change one thing about a run."""
     return write_run

@@ -1,0 +1,312 @@
+"""The page as a reader gets it: parsed, compared with the results it was made from, and opened in a browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from megatron_xalign.errors import ConfigError, FormatError
+from megatron_xalign.formats.atomic import write_json
+from megatron_xalign.formats.results import read_results
+from megatron_xalign.report.page import write_report
+
+MakeRun = Callable[..., Path]
+FIGURES = (
+    "alignment_over_training", "alignment_by_layer", "neurons_by_layer", "neurons_over_training", "ap_distribution",
+    "projections", "training_loss", "probe_loss",
+)  # fmt: skip
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags with attributes, tables as lists of cell texts, and all text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.text = ""
+        self._caption: str | None = None
+        self._open: str | None = None
+        self._rows: list[list[str]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "table":
+            self._caption, self._rows = "", []
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("th", "td"):
+            self._rows[-1].append("")
+        if tag in ("th", "td", "caption", "style"):
+            self._open = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "table":
+            assert self._caption is not None
+            self.tables[self._caption] = self._rows
+        if tag == self._open:
+            self._open = None
+
+    def handle_data(self, data: str) -> None:
+        if self._open == "style":
+            return
+        self.text += data
+        if self._open in ("th", "td"):
+            self._rows[-1][-1] += data
+        elif self._open == "caption":
+            self._caption = (self._caption or "") + data
+
+
+@pytest.fixture(scope="module")
+def page_path(series_folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report")
+    write_json(
+        out / "corpus.json",
+        {"languages": ["eng_Latn", "fin_Latn"], "sources": [{"package": "words", "licence": "GPL-2.0-or-later"}]},
+    )
+    return write_report(
+        series_folders, out / "page", title="Three runs", commands=["xalign quickstart --out 'a b'"],
+        corpus=out, hf={"p0.3": Path("hf/p0.3")},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def page(page_path: Path) -> Page:
+    return Page(page_path.read_text(encoding="utf-8"))
+
+
+def test_the_page_fetches_nothing_from_anywhere(page_path: Path, page: Page) -> None:
+    html = page_path.read_text(encoding="utf-8")
+    assert not re.search(r"(?:https?:)?//\w", html)
+    assert not re.search(r"@import|url\((?!#)", html)
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "link", "iframe", "img", "object", "embed", "base"}
+    for _, attributes in page.tags:
+        for name in ("src", "href", "srcset", "action", "xlink:href"):
+            target = attributes.get(name)
+            assert target is None or target.startswith(("#", "figures/"))
+    policy = next(a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
+    assert policy is not None and policy.startswith("default-src 'none'")
+
+
+def test_every_figure_is_in_the_page_and_beside_it(page_path: Path, page: Page) -> None:
+    assert [a["id"] for tag, a in page.tags if tag == "figure"] == [f"figure-{name}" for name in FIGURES]
+    # three measures x 1 pair; 6; 2 x 2 languages twice; 2; 3 runs x 4 layers; 3; 2 x 2
+    assert sum(tag == "svg" for tag, _ in page.tags) == 3 + 6 + 4 + 4 + 2 + 12 + 3 + 4
+    for name in FIGURES:
+        assert (page_path.parent / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (page_path.parent / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        assert (page_path.parent / "figures" / f"{name}.csv").stat().st_size > 100
+    linked = {a["href"] for tag, a in page.tags if tag == "a" and (a["href"] or "").startswith("figures/")}
+    assert linked == {f"figures/{name}.{ending}" for name in FIGURES for ending in ("png", "pdf", "csv")}
+
+
+def test_every_id_is_there_once_and_every_reference_leads_somewhere(page: Page) -> None:
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.tags:
+        for value in attributes.values():
+            for target in re.findall(r"^#(.+)$|url\(#([^)]+)\)", value or ""):
+                assert (target[0] or target[1]) in ids
+
+
+def test_drawings_use_the_colours_of_the_page_so_that_dark_mode_reaches_them(page_path: Path) -> None:
+    html = page_path.read_text(encoding="utf-8")
+    declared = set(re.findall(r"--(\w+):#", html))
+    drawn = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
+    assert {"ink", "muted", "grid", "f0", "f1", "f2", "l0", "l1"} <= set(re.findall(r"var\(--(\w+)\)", drawn))
+    assert set(re.findall(r"var\(--(\w+)\)", drawn)) <= declared
+    assert not re.findall(r"#[0-9a-f]{6}", drawn)
+
+
+def test_numbers_in_the_table_are_those_of_the_results(page: Page, series_folders: list[Path]) -> None:
+    rows = page.tables["Alignment at step 600, each run at its best layer"]
+    assert rows[0][:4] == ["parallel data", "layer", "retrieved", "95\u00a0% interval"]
+    assert [row[0] for row in rows[1:]] == ["0\u00a0%", "5\u00a0%", "30\u00a0%"]
+    by_label = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
+    for folder, label in zip(series_folders, ("30\u00a0%", "0\u00a0%", "5\u00a0%"), strict=True):
+        results = read_results(folder / "analysis")
+        best = max(results.select("retrieval", step=600), key=lambda row: row.value)
+        assert best.low is not None and best.high is not None
+        shown = by_label[label]
+        assert shown["layer"] == ("emb" if best.layer == -1 else str(best.layer))
+        assert shown["retrieved"] == f"{100 * best.value:.1f}\u00a0%"
+        assert shown["95\u00a0% interval"] == f"{100 * best.low:.1f} to {100 * best.high:.1f}\u00a0%"
+        assert shown["chance"] == "0.5\u00a0%"
+        (cka,) = results.select("cka", layer=best.layer, step=600)
+        assert shown["CKA"] == f"{cka.value:.3f}"
+        assert f"{100 * best.value:.1f}\u00a0% ({100 * best.low:.1f} to" in page.text
+
+
+def test_the_audit_is_shown_as_it_was_counted(page: Page, series_folders: list[Path]) -> None:
+    caption = next(caption for caption in page.tables if caption.startswith("The mixture"))
+    shown = {row[0]: dict(zip(page.tables[caption][0], row, strict=True)) for row in page.tables[caption][1:]}
+    audit = json.loads((series_folders[0] / "audit.json").read_text())
+    assert shown["p0.3"]["asked"] == "30\u00a0%"
+    assert shown["p0.3"]["of all tokens"] == f"{100 * audit['achieved']['parallel_fraction_all']:.3f}\u00a0%"
+    assert shown["p0.3"]["tokens"] == f"{audit['tokens']:,}"
+    assert {row["holds"] for row in shown.values()} == {"yes"}
+    pairs = page.tables["Sources of p0.3"][-1]
+    assert pairs[0] == "pairs" and f"{audit['sources'][-1]['documents_cut']:,}" in pairs
+
+
+def test_every_table_tells_rows_and_columns_apart(page: Page) -> None:
+    heads = [attributes for tag, attributes in page.tags if tag == "th"]
+    assert heads and {attributes.get("scope") for attributes in heads} == {"row", "col"}
+    assert all(page.tables) and all(len({len(row) for row in rows}) == 1 for rows in page.tables.values())
+
+
+def test_figures_have_words_with_their_key_numbers(page: Page, series_folders: list[Path]) -> None:
+    words = [a["aria-label"] or "" for tag, a in page.tags if tag == "div" and a.get("role") == "img"]
+    assert len(words) == len(FIGURES)
+    best = max(row.value for row in read_results(series_folders[0] / "analysis").select("retrieval", step=600))
+    assert f"30\u00a0% parallel data {100 * best:.1f}\u00a0% retrieved (chance 0.5\u00a0%)" in words[0]
+
+
+def test_the_csv_of_a_figure_holds_the_rows_of_the_results(page_path: Path, series_folders: list[Path]) -> None:
+    with (page_path.parent / "figures" / "alignment_by_layer.csv").open(newline="") as file:
+        shown = list(csv.DictReader(file))
+    wanted = {"retrieval", "mexa", "cosine_gap", "cosine_centred_gap", "cka", "cka_permuted", "pwcca", "pwcca_permuted"}
+    expected = {
+        (f"p{read_results(folder / 'analysis').context['parallel_fraction']:g}", row.measure, row.layer, row.value,
+         row.low, row.high)
+        for folder in series_folders
+        for row in read_results(folder / "analysis").select(step=600)
+        if row.measure in wanted
+    }  # fmt: skip
+    read = {
+        (row["run"], row["measure"], int(row["layer"]), float(row["value"]),
+         *(float(row[end]) if row[end] else None for end in ("low", "high")))
+        for row in shown
+    }  # fmt: skip
+    assert read == expected and len(shown) == len(expected)
+
+
+def test_commands_configs_and_places_are_told(page: Page) -> None:
+    assert "xalign quickstart --out 'a b'" in page.text
+    assert "parallel_fraction: 0.05" in page.text
+    facts = {row[0]: row[1:] for row in page.tables["How each run was made"]}
+    assert facts["Hugging Face folder"] == ["\u2013", "\u2013", "hf/p0.3"]
+    assert facts["layout"] == ["tensor 2, pipeline 1, data 1"] * 3
+    assert facts["training time"] == ["3\u00a0min 45\u00a0s"] * 3
+    assert page.tables["Corpus: sources"][1] == ["words", "GPL-2.0-or-later"]
+
+
+def test_a_run_name_is_text_and_never_markup(make_run: MakeRun, tmp_path: Path) -> None:
+    name = '<script>alert("1")</script> & $x_1$ 1.23456'
+    names = [("a", name), ("b", "plain")]
+    # Two runs of one fraction are told apart by name, so the name reaches legends, drawings and attributes.
+    runs = [make_run(tmp_path / folder, 0.3, name=given, steps=(0, 50), num_layers=1) for folder, given in names]
+    html = write_report(runs, tmp_path / "out", title="<b>&").read_text(encoding="utf-8")
+    assert "<script" not in html and "<b>" not in html
+    page = Page(html)
+    assert name in page.text and "<b>&" in page.text
+    assert any(name in (a.get("aria-label") or "") for _, a in page.tags)
+    drawn = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))
+    assert '&lt;script&gt;alert("1")&lt;/script&gt; &amp; $x_1$ 1.23456' in drawn
+
+
+def test_three_languages_make_three_pairs(make_run: MakeRun, tmp_path: Path) -> None:
+    languages = ("eng_Latn", "fin_Latn", "xx-yy")  # the last in no table, with a hyphen like the one between two codes
+    runs = [make_run(tmp_path / f"{f}", f, languages=languages, steps=(0, 50), num_layers=2) for f in (0.0, 0.2)]
+    page = Page(write_report(runs, tmp_path / "out").read_text(encoding="utf-8"))
+    shown = page.tables["Alignment at step 50, each run at its best layer"]
+    assert [row[1] for row in shown[1::2]] == ["English-Finnish", "English-xx-yy", "Finnish-xx-yy"]
+    assert sum(tag == "svg" for tag, _ in page.tags) == 9 + 18 + 6 + 6 + 3 + 6 + 4 + 6
+
+
+@pytest.fixture(scope="module")
+def odd_run(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A single run whose mixture does not hold and which lacks some measures, reported into a folder in use."""
+    root = tmp_path_factory.mktemp("odd")
+    (root / "out" / "figures").mkdir(parents=True)
+    (root / "out" / "figures" / "old.png").touch()
+    (root / "out" / "mine.txt").write_text("kept")
+    run = make_run(
+        root / "run", 0.05, steps=(0, 50), num_layers=1, holds=False,
+        skip_measures=("lape_count", "mexa", "silhouette"),
+    )  # fmt: skip
+    write_report([run], root / "out")
+    return root
+
+
+def test_one_run_makes_a_report_that_claims_nothing_about_parallel_data(odd_run: Path) -> None:
+    page = Page((odd_run / "out" / "index.html").read_text(encoding="utf-8"))
+    assert "This is one training run" in page.text and "higher" not in page.text
+
+
+def test_a_mixture_that_does_not_hold_is_said_at_the_top(odd_run: Path) -> None:
+    page = Page((odd_run / "out" / "index.html").read_text(encoding="utf-8"))
+    assert "the mixture that was built differs from the one asked for" in page.text
+    assert any(tag == "td" and attributes.get("class") == "bad" for tag, attributes in page.tags)
+
+
+def test_a_measure_that_no_run_has_is_left_out(odd_run: Path) -> None:
+    html = (odd_run / "out" / "index.html").read_text(encoding="utf-8")
+    assert "LAPE neurons were not counted" in html
+    assert "MEXA" not in html and "silhouette 0" not in html
+
+
+def test_a_report_replaces_earlier_figures_and_leaves_other_files(odd_run: Path) -> None:
+    out = odd_run / "out"
+    assert not (out / "figures" / "old.png").exists() and (out / "mine.txt").read_text() == "kept"
+
+
+def test_a_failed_report_leaves_the_earlier_one(odd_run: Path, make_run: MakeRun, tmp_path: Path) -> None:
+    before = (odd_run / "out" / "index.html").read_bytes()
+    run = make_run(tmp_path / "run", 0.05, steps=(0, 50))
+    (run / "analysis" / "results.json").write_text("{")
+    with pytest.raises(FormatError, match=r"results\.json"):
+        write_report([run], odd_run / "out")
+    assert (odd_run / "out" / "index.html").read_bytes() == before
+    assert (odd_run / "out" / "figures" / "probe_loss.png").is_file()
+
+
+def test_without_matplotlib_the_message_says_what_to_install(
+    series_folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"pip install 'megatron-xalign\[report\]'"):
+        write_report(series_folders, tmp_path / "out")
+
+
+def _chromium() -> str | None:
+    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(_chromium() is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_a_browser_shows_the_page_without_errors_and_without_scrolling_sideways(
+    page_path: Path, tmp_path: Path, width: int
+) -> None:
+    probe = (
+        "<script>document.title = [document.documentElement.scrollWidth <= innerWidth,"
+        " [...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().height > 100)].join(' ')</script>"
+    )
+    # A copy that may run the two lines of measuring; the page itself forbids scripts.
+    html = page_path.read_text(encoding="utf-8")
+    html = html.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
+    copy = tmp_path / "measured.html"
+    copy.write_text(html.replace("</body>", f"{probe}</body>"), encoding="utf-8")
+    chromium = _chromium()
+    assert chromium is not None
+    done = subprocess.run(
+        [
+            chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1000", "--enable-logging=stderr",
+            "--dump-dom", copy.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "<title>true true</title>" in done.stdout
+    assert "CONSOLE" not in done.stderr
