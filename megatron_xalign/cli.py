@@ -166,14 +166,14 @@ def _language_file(text: str) -> tuple[str, Path]:
 def _language_list(text: str) -> tuple[str, ...]:
     languages = tuple(part.strip() for part in text.split(","))
     if not all(languages) or len(set(languages)) != len(languages):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different language codes such as eng_Latn,fin_Latn")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different codes such as eng_Latn,fin_Latn")
     return languages
 
 
 def _language_pair(text: str) -> tuple[str, str]:
     languages = _language_list(text)
     if len(languages) != 2:
-        raise argparse.ArgumentTypeError(f"{text!r} names {len(languages)} languages; a pair has two: eng_Latn,fin_Latn")
+        raise argparse.ArgumentTypeError(f"{text!r} names {len(languages)} languages; a pair has 2: eng_Latn,fin_Latn")
     return languages[0], languages[1]
 
 
@@ -212,7 +212,7 @@ def _natural(text: str) -> int:
 
 def _add_quickstart(verbs: Any) -> None:
     parser = _verb(verbs, "quickstart", "the whole path on a laptop: text, training, analysis, one page", _quickstart)
-    parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for everything (default: quickstart)")
+    parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder (default: quickstart)")
     parser.add_argument(
         "--fractions", type=_fraction_list, default=(0.0, 0.05, 0.3), metavar="P,P,...",
         help="shares of parallel tokens, one training run each (default: 0,0.05,0.3)",
@@ -224,7 +224,7 @@ def _add_quickstart(verbs: Any) -> None:
         help="your own text instead of the registry packages: LANGUAGE.jsonl for two languages, and pairs.jsonl",
     )
     parser.add_argument("--cache", type=Path, default=None, metavar="DIR", help="where downloaded archives are kept")
-    parser.add_argument("--nproc-per-node", type=_positive, default=2, metavar="N", help="processes of a run (default: 2)")
+    parser.add_argument("--nproc-per-node", type=_positive, default=2, metavar="N", help="processes (default: 2)")
     parser.add_argument("--master-port", type=_positive, default=None, metavar="PORT", help="default: a free port")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and where; touch nothing")
 
@@ -281,26 +281,26 @@ def _add_tokenizer(verbs: Any) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     train = actions.add_parser("train", help="train one on a corpus folder, balanced by language")
     train.set_defaults(handler=_tokenizer_train)
-    train.add_argument("corpus", type=Path, help="folder with LANGUAGE.jsonl and pairs.jsonl, as `xalign corpus` makes it")
+    train.add_argument("corpus", type=Path, help="folder that `xalign corpus` made")
     train.add_argument("out", type=Path, help="folder to write")
-    train.add_argument("--vocab-size", type=_positive, default=4096, help="entries, special tokens included (default: 4096)")
+    train.add_argument("--vocab-size", type=_positive, default=4096, help="entries, special ones too (default: 4096)")
     train.add_argument("--model", choices=("bpe", "unigram"), default="bpe", help="default: bpe (byte-level)")
     train.add_argument("--json", action="store_true", help="print the fertility report as JSON")
 
 
 def _tokenizer_train(options: argparse.Namespace) -> int:
-    from megatron_xalign import workflows
+    from megatron_xalign import terminal, workflows
 
     manifest = workflows.train_tokenizer(options.corpus, options.out, options.vocab_size, options.model)
     if options.json:
         _print_json(manifest)
     else:
-        print(workflows.describe_tokenizer(manifest))
+        print(terminal.describe_tokenizer(manifest))
     return 0
 
 
 def _add_preprocess(verbs: Any) -> None:
-    parser = _verb(verbs, "preprocess", "turn text into Megatron token files with a language for every token", _preprocess)
+    parser = _verb(verbs, "preprocess", "turn text into Megatron token files, a language for every token", _preprocess)
     parser.add_argument("inputs", type=Path, nargs="+", help="JSON-lines files, plain or .gz")
     parser.add_argument("--output-prefix", type=Path, required=True, help="path of the token file without its ending")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder `xalign tokenizer train` wrote")
@@ -319,7 +319,7 @@ def _add_preprocess(verbs: Any) -> None:
 
 
 def _preprocess(options: argparse.Namespace) -> int:
-    from megatron_xalign import workflows
+    from megatron_xalign import terminal, workflows
 
     manifest = workflows.preprocess(
         options.inputs, options.output_prefix, options.tokenizer, language=options.language, pair=options.pairs,
@@ -328,7 +328,7 @@ def _preprocess(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(manifest)
     else:
-        print(workflows.describe_token_file(manifest, options.output_prefix))
+        print(terminal.describe_token_file(manifest, options.output_prefix))
     return 0
 
 
@@ -340,14 +340,14 @@ def _add_verify(verbs: Any) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from megatron_xalign import workflows
+    from megatron_xalign import terminal, workflows
 
     reports = [workflows.verify(prefix, options.tokenizer) for prefix in options.prefix]
     if options.json:
         _print_json(reports)
     else:
         for prefix, report in zip(options.prefix, reports, strict=True):
-            print(f"{prefix}: good; " + ", ".join(f"{key} {value}" for key, value in report.items()))
+            print(terminal.describe_verified(prefix, report))
     return 0
 
 
@@ -362,7 +362,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _add_blend(verbs: Any) -> None:
     parser = _verb(verbs, "blend", "build a run's mixture and show it: asked against achieved", _blend)
     _add_config(parser)
-    parser.add_argument("--samples", type=_natural, default=0, metavar="N", help="also print the first N samples as text")
+    parser.add_argument("--samples", type=_natural, default=0, metavar="N", help="also print the first N as text")
     parser.add_argument("--json", action="store_true", help="print the audit as JSON")
 
 
@@ -389,7 +389,7 @@ def _add_train(verbs: Any) -> None:
         help="start N processes here; leave out under torchrun or for a single process",
     )
     parser.add_argument("--master-port", type=_positive, default=None, metavar="PORT", help="default: a free port")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the mixture; touch nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print config and mixture; touch nothing")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -416,14 +416,14 @@ def _add_analyze(verbs: Any) -> None:
 
 
 def _analyze(options: argparse.Namespace) -> int:
-    from megatron_xalign import workflows
+    from megatron_xalign import terminal, workflows
 
     tables = [workflows.analyze(run) for run in options.run]
     if options.json:
-        _print_json([workflows.results_tree(table) for table in tables])
+        _print_json([terminal.results_tree(table) for table in tables])
     else:
         for run, table in zip(options.run, tables, strict=True):
-            print(workflows.describe_results(run, table))
+            print(terminal.describe_results(run, table))
     return 0
 
 
@@ -434,7 +434,7 @@ def _add_convert(verbs: Any) -> None:
     to_hf.set_defaults(handler=_convert_to_hf)
     to_hf.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run folder (its newest checkpoint)")
     to_hf.add_argument("out", type=Path, help="folder to write")
-    to_hf.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32")
+    to_hf.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(float32)")
     to_hf.add_argument("--tokenizer", type=Path, default=None, help="default: the one the run was trained with")
     to_hf.add_argument("--no-check", action="store_true", help="do not compare logits afterwards")
     to_hf.add_argument("--json", action="store_true", help="print the comparison as JSON")
@@ -457,13 +457,13 @@ def _convert_to_hf(options: argparse.Namespace) -> int:
 
 
 def _convert_check(options: argparse.Namespace) -> int:
-    from megatron_xalign import workflows
+    from megatron_xalign import terminal, workflows
 
     report = workflows.check_hf(options.checkpoint, options.hf)
     if options.json:
         _print_json(report)
     else:
-        print(f"{options.hf}: " + ", ".join(f"{key} {value}" for key, value in report.items()))
+        print(terminal.describe_check(report))
     return 0
 
 

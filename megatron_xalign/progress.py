@@ -18,7 +18,7 @@ def _silent() -> bool:
 
 
 @contextmanager
-def progress_bar(total: int | None, what: str, unit: str, initial: int = 0) -> Iterator[tqdm]:  # type: ignore[type-arg]
+def progress_bar(total: int | None, what: str, unit: str, initial: int = 0) -> Iterator[tqdm]:
     """A bar to ``update(n)`` and ``set_postfix_str(text)``; ``unit`` is what one count is (" docs", " steps").
 
     Shown in a terminal, and as one line every ten seconds where standard error is a file. ``XALIGN_PROGRESS=0``

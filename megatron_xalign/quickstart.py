@@ -100,7 +100,7 @@ class QuickstartPlan:
             return ParallelConfig(tensor_model_parallel_size=2)
         return ParallelConfig(pipeline_model_parallel_size=2)
 
-    def config(self, fraction: float, languages: tuple[str, ...], pair: str) -> RunConfig:
+    def config(self, fraction: float, languages: tuple[str, str]) -> RunConfig:
         """The run of one fraction; runs differ in ``parallel_fraction``, in their layout and in nothing else."""
         interval = max(1, self.steps // NUM_PROBES)
         return RunConfig(
@@ -117,7 +117,7 @@ class QuickstartPlan:
                         SourceConfig(prefix=str(self.token_prefix(language)), max_repeats=MONOLINGUAL_REPEATS)
                         for language in languages
                     ),
-                    SourceConfig(prefix=str(self.token_prefix(pair)), max_repeats=PARALLEL_REPEATS),
+                    SourceConfig(prefix=str(self.token_prefix("-".join(languages))), max_repeats=PARALLEL_REPEATS),
                 ),
                 mixture=MixtureConfig(
                     parallel_fraction=fraction, seed=self.seed,
@@ -185,8 +185,8 @@ def plan_quickstart(
     text = str(plan.corpus) if plan.corpus else "registry"
     if settings.is_file() and read_json(settings)["text"] != text:
         raise ConfigError(
-            f"{out} holds a quickstart on other text ({read_json(settings)['text']}, not {text}); choose another --out, "
-            "or remove that folder to start over."
+            f"{out} holds a quickstart on other text ({read_json(settings)['text']}, not {text}); "
+            "choose another --out, or remove that folder to start over."
         )
     return plan
 
@@ -201,7 +201,8 @@ def run_quickstart(plan: QuickstartPlan) -> str:
         workflows.make_corpus(
             plan.corpus_folder, cache=plan.cache, seed=CORPUS_SEED, own_folder=plan.corpus,
         )
-        languages, pair = workflows.corpus_languages(plan.corpus_folder)
+        languages = workflows.corpus_languages(plan.corpus_folder)
+        pair = "-".join(languages)
     with stages.next("tokenizer"):
         workflows.train_tokenizer(plan.corpus_folder, plan.tokenizer_folder, VOCAB_SIZE, "bpe")
     with stages.next("token files"):
@@ -211,18 +212,18 @@ def run_quickstart(plan: QuickstartPlan) -> str:
                 language=language,
             )
         workflows.preprocess(
-            [plan.corpus_folder / "pairs.jsonl"], plan.token_prefix("-".join(pair)), plan.tokenizer_folder, pair=pair,
-            seed=CORPUS_SEED,
+            [plan.corpus_folder / "pairs.jsonl"], plan.token_prefix(pair), plan.tokenizer_folder,
+            pair=languages, seed=CORPUS_SEED,
         )
     for fraction in plan.fractions:
-        config = plan.config(fraction, languages, "-".join(pair))
+        config = plan.config(fraction, languages)
         # The mixture is proved before hours, or here minutes, are spent on training.
         workflows.audit_blend(config)
         write_text(plan.config_path(fraction), _header(plan, fraction) + to_yaml(config))
     for fraction in plan.fractions:
         run, name = plan.run_folder(fraction), run_name(fraction)
         with stages.next(f"training {name}"):
-            config = plan.config(fraction, languages, "-".join(pair))
+            config = plan.config(fraction, languages)
             if not workflows.is_trained(config):
                 launch.run_workers(["train", str(plan.config_path(fraction))], plan.processes, plan.master_port)
         with stages.next(f"measures of {name}"):
@@ -234,14 +235,15 @@ def run_quickstart(plan: QuickstartPlan) -> str:
     with stages.next("report"):
         page = workflows.report(
             [plan.run_folder(fraction).path for fraction in plan.fractions], plan.report_folder,
-            corpus=plan.corpus_folder, commands=list(commands(plan, languages, pair)),
+            corpus=plan.corpus_folder, commands=list(commands(plan, languages)),
             hf={run_name(fraction): plan.hf_folder(fraction) for fraction in plan.fractions},
         )
     return _summary(plan, page, stages)
 
 
-def commands(plan: QuickstartPlan, languages: tuple[str, ...], pair: tuple[str, str]) -> Iterator[str]:
+def commands(plan: QuickstartPlan, languages: tuple[str, str]) -> Iterator[str]:
     """The stages as commands of their own, in order."""
+    pairs = plan.token_prefix("-".join(languages))
     own = [f"--monolingual {name}={plan.corpus}/{name}.jsonl" for name in languages] if plan.corpus else []
     own += [f"--pairs {plan.corpus}/pairs.jsonl"] if plan.corpus else []
     yield " ".join(["xalign corpus", _quoted(plan.corpus_folder), *own])
@@ -255,8 +257,8 @@ def commands(plan: QuickstartPlan, languages: tuple[str, ...], pair: tuple[str, 
             f"--tokenizer {_quoted(plan.tokenizer_folder)} --output-prefix {_quoted(plan.token_prefix(language))}"
         )
     yield (
-        f"xalign preprocess {_quoted(plan.corpus_folder / 'pairs.jsonl')} --pairs {','.join(pair)} "
-        f"--tokenizer {_quoted(plan.tokenizer_folder)} --output-prefix {_quoted(plan.token_prefix('-'.join(pair)))}"
+        f"xalign preprocess {_quoted(plan.corpus_folder / 'pairs.jsonl')} --pairs {','.join(languages)} "
+        f"--tokenizer {_quoted(plan.tokenizer_folder)} --output-prefix {_quoted(pairs)}"
     )
     for fraction in plan.fractions:
         yield f"xalign train {_quoted(plan.config_path(fraction))} --nproc-per-node {plan.processes}"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_xalign.config import DataConfig, RunConfig, to_tree, to_yaml
-from megatron_xalign.errors import CheckpointError, ConfigError, CorpusError, FormatError
-from megatron_xalign.formats.atomic import read_json, write_json
+from megatron_xalign.config import DataConfig, RunConfig, from_tree, to_tree, to_yaml
+from megatron_xalign.errors import CheckpointError, ConfigError, CorpusError
+from megatron_xalign.formats.atomic import read_json, sha256_of, write_json
 from megatron_xalign.formats.run_folder import RunFolder, check_same_run, command_line, start_run
 
 log = logging.getLogger(__name__)
+
+CHECK_FILE = "xalign-check.json"
+"""In a Hugging Face folder: the comparison with the checkpoint it was made from."""
 
 
 # --- text to token files ---------------------------------------------------------------------------------------------
@@ -20,9 +24,9 @@ log = logging.getLogger(__name__)
 
 def registry_packages() -> list[str]:
     """Names and versions of the packages the quickstart's text comes from."""
-    from megatron_xalign.data import corpora
+    from megatron_xalign.data.archives import ARCHIVES
 
-    return [f"{archive.package}=={archive.version}" for archive in corpora.ARCHIVES]
+    return [f"{archive.package}=={archive.version}" for archive in ARCHIVES]
 
 
 def make_corpus(
@@ -68,11 +72,11 @@ def _files_of(folder: Path) -> tuple[dict[str, Path], Path]:
     return monolingual, pairs
 
 
-def corpus_languages(corpus: Path) -> tuple[tuple[str, ...], tuple[str, str]]:
-    """Languages with documents in a corpus folder, and the two of its pairs."""
-    from megatron_xalign.data import corpora
+def corpus_languages(corpus: Path) -> tuple[str, str]:
+    """The two languages of a corpus folder."""
+    from megatron_xalign.data.corpus_folder import read_corpus_folder
 
-    return corpora.languages_of(corpus)
+    return read_corpus_folder(corpus).languages
 
 
 def train_tokenizer(corpus: Path, out: Path, vocab_size: int, model: Literal["bpe", "unigram"]) -> dict[str, Any]:
@@ -80,12 +84,14 @@ def train_tokenizer(corpus: Path, out: Path, vocab_size: int, model: Literal["bp
 
     One already there that was trained on the same text with the same settings is kept.
     """
-    from megatron_xalign.data import corpora, tokenizer
+    from megatron_xalign.data import tokenizer
+    from megatron_xalign.data.corpus_folder import read_corpus_folder
 
-    recipe = {"corpus": corpora.content_hash(corpus), "vocab_size": vocab_size, "model": model}
+    text = read_corpus_folder(corpus)
+    recipe = {"corpus": text.sha256, "vocab_size": vocab_size, "model": model}
     recipe_path = out / "recipe.json"
     if not recipe_path.is_file() or read_json(recipe_path) != recipe:
-        tokenizer.train_tokenizer(corpora.texts_by_language(corpus), out, vocab_size, model=model)
+        tokenizer.train_tokenizer(text.texts_by_language(), out, vocab_size, model=model)
         write_json(recipe_path, recipe)
     return read_json(out / "manifest.json")
 
@@ -133,7 +139,10 @@ def audit_blend(config: RunConfig, num_samples: int = 0) -> tuple[dict[str, Any]
 
     blend = job.build_blend(config)
     audit = blend.audit()
-    samples = job.readable_samples(blend, Tokenizer.load(config.data.tokenizer).decode, num_samples) if num_samples else []
+    samples = []
+    if num_samples:
+        tokenizer = Tokenizer.load(_required(config.data.tokenizer, "data.tokenizer"))
+        samples = job.readable_samples(blend, tokenizer.decode, num_samples)
     return audit, job.describe_audit(audit), samples
 
 
@@ -318,12 +327,39 @@ def check_hf(source: Path, hf: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: they differ by more than the tolerance.
     """
-    raise AssertionError("to be joined up")
+    from megatron_xalign.convert.check import check
+    from megatron_xalign.formats.checkpoint_folder import read_manifest
+    from megatron_xalign.training.inference import load_for_inference
+
+    checkpoint = _checkpoint_of(source)
+    config = from_tree(RunConfig, read_manifest(checkpoint)["extra"]["config"])
+    with load_for_inference(checkpoint) as megatron_logits:
+        report = check(checkpoint, hf, _check_texts(config), megatron_logits)
+    report.require()
+    write_json(hf / CHECK_FILE, {"checkpoint_manifest_sha256": _manifest_hash(checkpoint), **report.to_json()})
+    return report.to_json()
 
 
 def is_converted(source: Path, hf: Path) -> bool:
     """Whether a Hugging Face folder was made from this checkpoint and passed its check."""
-    raise AssertionError("to be joined up")
+    path = hf / CHECK_FILE
+    return path.is_file() and read_json(path)["checkpoint_manifest_sha256"] == _manifest_hash(_checkpoint_of(source))
+
+
+def _check_texts(config: RunConfig, most: int = 32) -> list[str]:
+    """Real text of every language to compare logits on: the run's probe sentences."""
+    from megatron_xalign.data.documents import read_probe
+
+    if config.data.probe is None:
+        raise ConfigError("the run has no data.probe, so there is no text to compare on; convert with --no-check.")
+    pairs = list(itertools.islice(read_probe(config.data.probe), most // 2))
+    return [text for pair in pairs for text in pair.texts.values()]
+
+
+def _manifest_hash(checkpoint: Path) -> str:
+    from megatron_xalign.formats.checkpoint_folder import MANIFEST
+
+    return sha256_of(checkpoint / MANIFEST)
 
 
 def _checkpoint_of(source: Path) -> Path:

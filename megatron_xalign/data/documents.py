@@ -121,6 +121,22 @@ def read_pairs(
         yield Document(_identity(content, id_key, where), "parallel", {code: texts[code] for code in languages})
 
 
+def read_probe(path: str | Path) -> Iterator[Document]:
+    """Read held-out translations, JSON lines ``{"id": ..., "texts": {language: text, ...}}``, in any languages.
+
+    Raises:
+        CorpusError: the file is missing or damaged, or a line is malformed; file, line and reason are named.
+    """
+    for where, content, _ in _read_lines(Path(path), "raise", None):
+        texts = content.get("texts")
+        if not isinstance(texts, dict) or not texts:
+            raise CorpusError(f'{where}: no "texts" that maps language codes to text.')
+        reason = next(filter(None, (_malformed_text(texts, code) for code in texts)), "")
+        if reason:
+            raise CorpusError(f"{where}: {reason}.")
+        yield Document(_identity(content, "id", where), "parallel", texts)
+
+
 def parse_template(template: str) -> tuple[str, str, str]:
     """The literal text before, between and after the two sides of a pair template.
 

@@ -75,7 +75,8 @@ def preprocess_monolingual(
         return read_monolingual(path, language, text_key=text_key, on_error=on_error, reading=reading)
 
     return _preprocess(
-        inputs, prefix, tokenizer, "monolingual", [language], read, lambda document: list(document.texts.items()),
+        inputs, prefix, tokenizer, "monolingual", [language], read,
+        lambda document: [(text, code) for code, text in document.texts.items()],
         {"text_key": text_key, "on_error": on_error, "template": None, "direction": None},
     )
 
