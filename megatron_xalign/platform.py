@@ -31,7 +31,9 @@ class Patch:
     name: str
     """How tests and documentation call it."""
     reason: str
-    """Who needs it: modules of ``megatron.core``, 0.16.1 and 0.19.2."""
+    """Which modules of ``megatron.core`` need it."""
+    versions: tuple[str, ...]
+    """Minor versions of Megatron-Core that do not train without it; a test holds this to be so."""
     apply: Callable[[], None]
     """Puts it in place for the rest of the process."""
 
@@ -110,10 +112,6 @@ def _patch_synchronize() -> None:
     _set(torch.cuda, "synchronize", lambda device=None: None)
 
 
-def _patch_set_device() -> None:
-    _set(torch.cuda, "set_device", lambda device: None)
-
-
 def _patch_streams() -> None:
     stream = _NoStream()
     _set(torch.cuda, "current_stream", lambda device=None: stream)
@@ -166,36 +164,41 @@ PATCHES: tuple[Patch, ...] = (
         "paged_stash",
         "0.19: pipeline_parallel.schedules imports transformer.moe.ops.paged_stash, which imports triton; torch's CPU "
         "wheel has none.",
+        ("0.19",),
         _patch_paged_stash,
     ),
     Patch(
         "current_device",
         "device= of new tensors in tensor_parallel.mappings and layers, p2p_communication, param_and_grad_buffer, "
         "optimizer and distrib_optimizer.",
+        ("0.16", "0.19"),
         _patch_current_device,
     ),
     Patch(
         "synchronize",
         "dist_checkpointing: fully_parallel, filesystem_async and async_utils wait for the device before they write.",
+        ("0.16", "0.19"),
         _patch_synchronize,
     ),
-    Patch("set_device", "dist_checkpointing.async_utils: the writer process chooses its device.", _patch_set_device),
     Patch(
         "streams",
         "0.19: param_and_grad_buffer.start_grad_sync asks for the current stream even without overlap; so does DDP "
         "with several optimizer instances.",
+        ("0.19",),
         _patch_streams,
     ),
     Patch(
         "device_arguments",
         'literal device="cuda", .cuda(), .to("cuda") and Tensor.type() == "torch.cuda.FloatTensor" in schedules, '
         "clip_grads, optimizer, distrib_optimizer, rotary_pos_embedding, language_module, state_dict_saver.",
+        ("0.16", "0.19"),
         _patch_device_arguments,
     ),
     Patch(
         "rng_state",
         "tensor_parallel.random keeps one CUDA generator state per region; here they are states of the CPU generator. "
         "Unpatched, setting one silently does nothing.",
+        ("0.16", "0.19"),
         _patch_rng_state,
     ),
 )
@@ -216,11 +219,13 @@ def installed() -> bool:
 def install(without: Collection[str] = ()) -> None:
     """Make Megatron-Core run on the CPU, for the rest of this process; a second call does nothing.
 
+    Call it before anything imports ``megatron.core``, whose newer versions cannot be imported without triton.
+
     Args:
         without: names of patches to leave out. Only for the tests that show each one to be needed.
 
     Raises:
-        RuntimeError: this machine has CUDA, where nothing must be patched, or ``megatron.core`` was imported before.
+        RuntimeError: this machine has CUDA, where nothing must be patched.
         ValueError: ``without`` names no patch.
     """
     global _installed
@@ -233,16 +238,15 @@ def install(without: Collection[str] = ()) -> None:
         raise RuntimeError(
             "the CPU backend is not installed where CUDA is there; set CUDA_VISIBLE_DEVICES= to train on the CPU."
         )
-    if "megatron.core" in sys.modules:
-        raise RuntimeError("the CPU backend must be installed before megatron.core is imported.")
     # True, expected here, and nothing the person running the job can change; each would greet them once per process.
     for message in (
         "Transformer Engine and Apex are not installed",
         "Apex is not installed. Falling back to Torch Norm",
         "absl.logging is not installed",
         "full scope is deprecated",
-        "When using sequence parallelism it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
+        "When using (sequence parallelism|async grad allreduce) it is recommended to set the environment variable",
         "`torch.distributed.[a-z_]*` is deprecated",
+        "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
     ):
         warnings.filterwarnings("ignore", message=message)
     for patch in PATCHES:

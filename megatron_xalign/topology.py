@@ -22,6 +22,10 @@ Thing = TypeVar("Thing")
 
 log = logging.getLogger(__name__)
 
+_meeting_place: torch._C._distributed_c10d.Store | None = None
+"""Where the processes of this job find one another; it lives as long as the process."""
+_times_met = 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
@@ -188,8 +192,8 @@ def _join(rank: int, world_size: int, device: torch.device, timeout_seconds: int
     timeout = timedelta(seconds=timeout_seconds)
     if world_size == 1:
         # No port is needed to talk to oneself.
-        store = torch._C._distributed_c10d.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        own_store = torch._C._distributed_c10d.HashStore()
+        dist.init_process_group(backend, store=own_store, rank=0, world_size=1, timeout=timeout)
         return
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if address is None or port is None:
@@ -197,8 +201,15 @@ def _join(rank: int, world_size: int, device: torch.device, timeout_seconds: int
             f"WORLD_SIZE={world_size} is set but MASTER_ADDR={address} and MASTER_PORT={port} are not both; start the "
             f"job with torchrun, which sets them all."
         )
+    global _meeting_place, _times_met
     try:
-        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout)
+        if _meeting_place is None:
+            _meeting_place = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))[0]
+        _meeting_place.set_timeout(timeout)
+        _times_met += 1
+        # A second start in the same processes must not read the addresses of the first.
+        store = torch._C._distributed_c10d.PrefixStore(f"start-{_times_met}", _meeting_place)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (dist.DistError, RuntimeError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise WorkerError(
