@@ -50,7 +50,7 @@ class BuildNative(build_ext):
             command = [*compiler, *FLAGS, "-fPIC", *own_flags, *includes, "-c", source, "-o", str(made)]
             run(command, f"compiling {source}")
             objects.append(str(made))
-        # Linked beside and renamed: a process that has the old library open keeps it, and none sees half a file.
+        # Linked beside and renamed: an interrupted link leaves nothing that a later build or copy takes for a library.
         beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
         own_link_flags = shlex.split(os.environ.get("LDFLAGS", ""))
         try:
