@@ -248,6 +248,8 @@ def _inline(svg: str, prefix: str, palette: Palette) -> str:
 
 def _inline_tag(tag: str, prefix: str, palette: Palette) -> str:
     tag = tag.replace("xlink:href=", "href=")
+    if tag.startswith("<g "):
+        tag = re.sub(r'\sid="[^"]*"', "", tag)  # names of groups, which nothing refers to
     tag = re.sub(r'\bid="', f'id="{prefix}', tag)
     tag = re.sub(r'href="#', f'href="#{prefix}', tag)
     tag = re.sub(r"url\(#", f"url(#{prefix}", tag)
