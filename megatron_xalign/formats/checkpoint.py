@@ -18,8 +18,8 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -41,7 +41,11 @@ _ALLOWED: dict[tuple[str, str], Any] = {
         planner.SavePlan, planner.WriteItem, planner.WriteItemType, planner.TensorWriteData,
         torch.serialization._get_layout,
     )
-} | {("torch", "Size"): torch.Size}
+} | {
+    ("torch", "Size"): torch.Size,
+    # torch's own writer notes where it wrote; a pure path is text.
+    ("pathlib", "PosixPath"): PurePosixPath, ("pathlib._local", "PosixPath"): PurePosixPath,
+}
 
 _NUMBERED = re.compile(r"(?P<head>(?:.*\.)?layers\.)(?P<layer>\d+)\.(?P<tail>.+)")
 
@@ -89,6 +93,8 @@ class _Chunk:
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+    stored_sizes: tuple[int, ...]
+    """As in the file, without the axis of layers where each layer is a tensor of its own."""
     file: str
     start: int
     length: int
@@ -225,8 +231,9 @@ class CheckpointReader:
                             f"{name} in {self.folder} is stored with {place.transform_descriptors}, which this program "
                             "does not read."
                         )
+                    sizes = tuple(map(int, box.sizes))
                     chunks.append(_Chunk(
-                        tuple(map(int, box.offsets)), tuple(map(int, box.sizes)),
+                        tuple(map(int, box.offsets)), sizes, sizes,
                         self._plain_name(place.relative_path), int(place.offset), int(place.length),
                     ))
                 shape = tuple(map(int, entry.size))
@@ -275,11 +282,11 @@ class CheckpointReader:
     def _read_chunk(self, name: str, tensor: _Tensor, chunk: _Chunk) -> torch.Tensor:
         what = f"{self.folder / chunk.file} ({name} at byte {chunk.start})"
         piece = _load_plain(io.BytesIO(self._read_bytes(chunk.file, chunk.start, chunk.length)), what)
-        if not isinstance(piece, torch.Tensor) or tuple(piece.shape) != chunk.sizes or piece.dtype != tensor.dtype:
+        if not isinstance(piece, torch.Tensor) or tuple(piece.shape) != chunk.stored_sizes or piece.dtype != tensor.dtype:
             raise CheckpointError(
-                f"{what} is not the {tensor.dtype} tensor of shape {list(chunk.sizes)} that {METADATA} announces."
+                f"{what} is not the {tensor.dtype} tensor of shape {list(chunk.stored_sizes)} that {METADATA} announces."
             )
-        return piece
+        return piece.reshape(chunk.sizes)
 
 
 def _load_plain(stream: Any, what: str) -> Any:
@@ -333,4 +340,4 @@ def _stack_layers(tensors: Mapping[str, _Tensor], folder: Path) -> dict[str, _Te
 def _with_layer(layers: Mapping[int, _Tensor]) -> Iterator[_Chunk]:
     for layer, tensor in layers.items():
         for chunk in tensor.chunks:
-            yield _Chunk((layer, *chunk.offsets), (1, *chunk.sizes), chunk.file, chunk.start, chunk.length)
+            yield replace(chunk, offsets=(layer, *chunk.offsets), sizes=(1, *chunk.sizes))
