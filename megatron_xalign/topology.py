@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_xalign import platform
 from megatron_xalign.config import ParallelConfig
@@ -204,7 +205,7 @@ def _join(rank: int, world_size: int, device: torch.device, timeout_seconds: int
     global _meeting_place, _times_met
     try:
         if _meeting_place is None:
-            _meeting_place = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))[0]
+            _meeting_place = next(rendezvous("env://", rank, world_size, timeout=timeout))[0]
         _meeting_place.set_timeout(timeout)
         _times_met += 1
         # A second start in the same processes must not read the addresses of the first.
