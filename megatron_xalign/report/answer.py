@@ -67,6 +67,13 @@ def _supported(series: Series, pair: str) -> list[str]:
     if blind:
         which = "No run is" if len(blind) == len(rows) else f"The run with {listing(blind)} parallel data is not"
         sentences.append(f"{about}{which} above chance.")
+    shallow = [run.label for run, _ in rows if run.best_layer(pair, series.step) == -1]
+    if shallow:
+        which = "every run" if len(shallow) == len(rows) else f"the run with {listing(shallow)} parallel data"
+        sentences.append(
+            f"{about}The best layer of {which} is the embedding output, so there no layer of the network finds more "
+            "translations than single tokens do."
+        )
     untrained = [row.value for run in series.runs if (row := run.at("retrieval", -1, pair, 0)) is not None]
     if untrained:
         low, high = percent(min(untrained)), percent(max(untrained))
@@ -180,9 +187,9 @@ def explanations(series: Series) -> list[Explanation]:
         ),
         "lape_count": (
             "LAPE neurons",
-            "Neurons whose probability of being active is concentrated on few languages (the lowest entropies, a fixed "
-            "share of all neurons), counted under each language they are active for.",
-            "a fixed share is chosen whatever the neurons do: compare layers and languages, not totals.",
+            "Neurons whose probability of being active is concentrated on few languages: a fixed share of all neurons, "
+            "those of lowest entropy, counted under each language for which they are clearly active.",
+            "the share is chosen whatever the neurons do: compare layers and languages rather than totals.",
         ),
         "silhouette": (
             "Silhouette",
@@ -194,12 +201,12 @@ def explanations(series: Series) -> list[Explanation]:
             "Loss on held-out sentences, per token",
             "Mean negative log-probability of each token. Languages cannot be compared by it, since a "
             "tokenizer cuts some into more pieces; runs can.",
-            "the logarithm of the vocabulary's size before training.",
+            "about the logarithm of the vocabulary's size, as at step 0.",
         ),
         "bits_per_byte": (
             "Loss per byte",
             "The same, in bits and divided by the sentences' bytes; free of the tokenizer.",
-            "8 bits at worst, for text without any structure.",
+            "what it is at step 0.",
         ),
     }
     return [Explanation(*words) for measure, words in known.items() if series.has(measure)]

@@ -81,9 +81,7 @@ def alignment_over_training(series: Series, palette: Palette) -> Picture:
         )
     left_out = len(series.pairs) - MAX_PAIRS_DRAWN
     layers = "; ".join(
-        f"{series.pair_name(pair)}: "
-        + listing(f"{layer_words(run.best_layer(pair, series.step))} ({run.label})" for run in series.runs)
-        for pair in series.pairs[:MAX_PAIRS_DRAWN]
+        f"{series.pair_name(pair)}: {_best_layers(series, pair)}" for pair in series.pairs[:MAX_PAIRS_DRAWN]
     )
     return Picture(
         name="alignment_over_training",
@@ -376,6 +374,14 @@ def _records(lines: Iterable[Line]) -> list[tuple[Any, ...]]:
         for row in rows
     }  # fmt: skip
     return sorted(once, key=lambda record: (record[4], record[6], record[1], record[0], record[2], record[5] or 0))
+
+
+def _best_layers(series: Series, pair: str) -> str:
+    """``layer 2 (5 %) and layer 1 (30 %)``, or ``layer 2`` where all agree."""
+    best = [layer_words(run.best_layer(pair, series.step)) for run in series.runs]
+    if len(set(best)) == 1:
+        return best[0]
+    return listing(f"{layer} ({run.label})" for layer, run in zip(best, series.runs, strict=True))
 
 
 def _loss(line: dict[str, Any], language: str) -> float | None:

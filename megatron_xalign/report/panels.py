@@ -186,13 +186,13 @@ def _token_axis(axes: Axes, series: Series) -> None:
     if len(per_step) == 1:
         tokens = per_step.pop()
         low, high = axes.get_xlim()
-        for step in _locator().tick_values(0.0, high / tokens):
-            if low <= step * tokens <= high:
-                axes.annotate(
-                    "step 0" if step == 0 else thousands(step), (step * tokens, 1.0),
-                    xycoords=axes.get_xaxis_transform(), xytext=(0, 3), textcoords="offset points", ha="center",
-                    color=MUTED, fontsize=7.5, gid=STEP_LABEL,
-                )  # fmt: skip
+        steps = [step for step in _locator().tick_values(0.0, high / tokens) if low <= step * tokens <= high]
+        for step in steps:
+            axes.annotate(
+                f"step {thousands(step)}" if step == steps[0] else thousands(step), (step * tokens, 1.0),
+                xycoords=axes.get_xaxis_transform(), xytext=(0, 3), textcoords="offset points", ha="center",
+                color=MUTED, fontsize=7.5, gid=STEP_LABEL,
+            )  # fmt: skip
 
 
 def _value_axis(axes: Axes, unit: str, floor: float | None) -> None:
@@ -204,8 +204,10 @@ def _value_axis(axes: Axes, unit: str, floor: float | None) -> None:
     if floor is not None:
         # From the floor up, but never cutting off what lies below it.
         low, high = axes.dataLim.y0, axes.get_ylim()[1]
+        least = 1.0 if unit == "neurons" else 0.0
         if low >= floor:
-            axes.set_ylim(floor, high if high > floor else floor + 1)
+            high = max(high, floor + least) if high > floor else floor + 1.0
+            axes.set_ylim(floor - 0.02 * (high - floor), high + 0.02 * (high - floor))  # room for whole marks
 
 
 def _formatter(write: Callable[[float], str]) -> Any:

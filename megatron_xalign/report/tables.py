@@ -117,7 +117,7 @@ def source_table(run: Run) -> Table:
     """What one run took from each token file."""
     table = Table(
         f"Sources of {run.name}",
-        ["source", "kind", "languages", "samples", "tokens", "content tokens", "text there (tokens)", "repeats",
+        ["source", "kind", "languages", "samples", "tokens", "content tokens", "tokens available", "repeats",
          "allowed", "documents begun", "documents cut"],
     )  # fmt: skip
     for source in run.audit["sources"]:
@@ -269,7 +269,8 @@ def _words(key: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    return thousands(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    # Counts are large; what is small may be a seed, a version or a year.
+    return thousands(value) if isinstance(value, int) and abs(value) >= 10_000 else str(value)
 
 
 def _number(row: Row | None, digits: int) -> Cell:
