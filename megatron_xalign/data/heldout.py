@@ -17,7 +17,8 @@ _SHORTEST_SECOND = 3
 _TOO_CLOSE = 0.7
 _TOO_CLOSE_TO_ANOTHER_PROBE = 0.4
 # Scripts written without spaces count each character as a word.
-_WORD = re.compile(r"[\u0e00-\u0e7f\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_]+")
+_SPACELESS = "\\u0e00-\\u0e7f\\u1000-\\u109f\\u1780-\\u17ff\\u3040-\\u30ff\\u3400-\\u9fff\\uf900-\\ufaff"
+_WORD = re.compile(rf"[{_SPACELESS}]|[^\W_{_SPACELESS}]+")
 
 
 def fold(text: str) -> list[str]:
