@@ -45,7 +45,7 @@ def describe_verified(prefix: Path, report: Mapping[str, Any]) -> str:
 def describe_results(run: Path, results: Results) -> str:
     """Each measure of alignment at its best layer, first and last step."""
     first, last = results.steps[0], results.steps[-1]
-    lines = [f"{run}: {len(results.steps)} steps measured, {first} to {last}; best layer of each (-1: embedding output)"]
+    lines = [f"{run}: measured at steps {first} to {last}; each measure at its best layer (-1: embedding output)"]
     for measure in _SHOWN:
         rows = results.select(measure=measure, step=last)
         for subject in sorted({row.subject for row in rows}):
@@ -66,7 +66,7 @@ def results_tree(results: Results) -> dict[str, Any]:
 def describe_check(report: Mapping[str, Any]) -> str:
     """How far a Hugging Face folder lies from the checkpoint it was made from."""
     return (
-        f"{report['hf_folder']}: {report['architecture']} equals {report['checkpoint']} on {report['num_tokens']} tokens "
-        f"of {report['num_sequences']} texts: logits differ by at most {report['max_logit_difference']:.2g} "
+        f"{report['hf_folder']}: {report['architecture']} equals {report['checkpoint']} on {report['num_tokens']} "
+        f"tokens of {report['num_sequences']} texts: logits differ by at most {report['max_logit_difference']:.2g} "
         f"({report['tolerance']:g} allowed), same top token for {report['top1_agreement']:.2%}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
@@ -153,6 +154,7 @@ def train(config: RunConfig) -> Path:
     from megatron_xalign.capture.observer import NeuronObserver
     from megatron_xalign.data.blend import build_blend
     from megatron_xalign.data.tokenizer import Tokenizer
+    from megatron_xalign.formats.token_file import check_same_tokenizer
     from megatron_xalign.training import checkpoint, loop
     from megatron_xalign.training.forward import build_forward_only
     from megatron_xalign.training.model import build_model, padded_vocab_size
@@ -160,6 +162,10 @@ def train(config: RunConfig) -> Path:
 
     tokenizer = Tokenizer.load(_required(config.data.tokenizer, "data.tokenizer"))
     blend = build_blend(config)
+    for windows in blend.windows:
+        check_same_tokenizer(windows.file.manifest, tokenizer)
+    # With budget_rule=add the parallel text makes the run longer than asked.
+    training = dataclasses.replace(config.training, train_steps=blend.train_steps)
     probe = _tokenized_probe(config.data, tokenizer) if config.capture else []
     with topology.start(config.parallel, config.seed) as ranks:
         vocab_size = padded_vocab_size(
@@ -171,7 +177,8 @@ def train(config: RunConfig) -> Path:
                 "world_size": ranks.world_size, "tensor_size": ranks.tensor_size,
                 "pipeline_size": ranks.pipeline_size, "data_size": ranks.data_size,
             }
-            start_run(config, command_line(), layout, {"padded_vocab_size": vocab_size})
+            sizes = {"padded_vocab_size": vocab_size, "train_steps": blend.train_steps}
+            start_run(config, command_line(), layout, sizes)
             write_json(run.audit_path, blend.audit())
         ranks.barrier()
         model_chunks = build_model(
@@ -181,31 +188,33 @@ def train(config: RunConfig) -> Path:
         )
         optimizer = build_optimizer(
             model_chunks, config.optimizer, parallel=config.parallel, params_dtype=config.training.params_dtype,
-            train_steps=config.training.train_steps,
+            train_steps=blend.train_steps,
         )
-        start_step = 0
+        start_step, loss_state = 0, None
         if newest := checkpoint.latest_checkpoint(run.checkpoints, ranks):
-            start_step = checkpoint.load_checkpoint(
+            loaded = checkpoint.load_checkpoint(
                 newest, model_chunks, optimizer.megatron, optimizer.scheduler, ranks
-            )["step"]
+            )
+            start_step, loss_state = loaded["step"], loaded["extra"]["loss_sums"]
             log.info("continuing from %s.", newest)
         current_batch = CurrentBatch()
         observers = []
         if config.capture:
             observers.append(
                 NeuronObserver(
-                    config, model_chunks=model_chunks, ranks=ranks, current_batch=current_batch,
-                    forward_only=build_forward_only(model_chunks, ranks, current_batch), probe=probe,
-                    languages=blend.languages, eod_id=tokenizer.eod,
+                    dataclasses.replace(config, training=training), model_chunks=model_chunks, ranks=ranks,
+                    current_batch=current_batch, forward_only=build_forward_only(model_chunks, ranks, current_batch),
+                    probe=probe, languages=blend.languages, eod_id=tokenizer.eod,
                 )
             )
 
-        def save(step: int) -> Path:
+        def save(step: int, loss_sums: loop.LossState) -> Path:
             path = checkpoint.save_checkpoint(
                 run.checkpoints, step, model_chunks, optimizer.megatron, optimizer.scheduler, ranks,
                 {
                     "config": to_tree(config), "vocab_size": tokenizer.vocab_size,
                     "tokenizer_sha256": tokenizer.sha256, "consumed_samples": step * config.training.global_batch_size,
+                    "loss_sums": loss_sums,
                 },
             )
             if config.training.keep_checkpoints and ranks.rank == 0:
@@ -213,9 +222,10 @@ def train(config: RunConfig) -> Path:
             return path
 
         loop.fit(
-            model_chunks, optimizer, lambda samples: collate([blend[sample] for sample in samples]), config.training,
-            ranks, metrics_path=run.metrics_path, save=save, languages=blend.languages,
+            model_chunks, optimizer, lambda samples: collate([blend[sample] for sample in samples]), training, ranks,
+            metrics_path=run.metrics_path, save=save, languages=blend.languages,
             source_names=blend.source_names, observers=observers, current_batch=current_batch, start_step=start_step,
+            loss_state=loss_state,
         )
     return run.path
 
@@ -233,7 +243,7 @@ def is_trained(config: RunConfig) -> bool:
         return False
     check_same_run(run, config)
     newest = checkpoint_folder.latest_checkpoint(run.checkpoints)
-    return newest == checkpoint_folder.step_folder(run.checkpoints, config.training.train_steps)
+    return newest == checkpoint_folder.step_folder(run.checkpoints, run.train_steps())
 
 
 def describe_run(config: RunConfig, processes: int | None) -> str:

@@ -2,7 +2,7 @@
 
 # D documents, N neurons, K languages, L layers, F ffn width
 
-# ruff: noqa: N815 - arrays carry their axes in their names
+
 
 from __future__ import annotations
 

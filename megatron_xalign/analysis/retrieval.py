@@ -2,7 +2,7 @@
 
 # D sentences, H features
 
-# ruff: noqa: N815 - arrays carry their axes in their names
+
 
 from __future__ import annotations
 

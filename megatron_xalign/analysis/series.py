@@ -121,7 +121,7 @@ def analyze_run(
         }
         if len(ap_scores):
             arrays["ap_scores"] = ap_scores
-    results = Results(_context(run.path.name, config, last, folders, options, notes, rows), rows, arrays)
+    results = Results(_context(run, config, last, folders, options, notes, rows), rows, arrays)
     write_results(run.analysis, results)
     return results
 
@@ -149,7 +149,7 @@ def _folders(run: RunFolder, config: RunConfig | None, allow_unfinished: bool) -
     if config is None or config.capture is None:
         return folders
     steps = {step for step, _ in folders}
-    end, interval = config.training.train_steps, config.capture.probe_interval_steps
+    end, interval = run.train_steps(), config.capture.probe_interval_steps
     until = max(steps) if allow_unfinished else end
     missing = sorted({step for step in (*range(0, end + 1, interval), end) if step <= until} - steps)
     if missing:
@@ -404,7 +404,7 @@ def _last_axes(last: NeuronStats) -> list[projection.Projection]:
 
 
 def _context(
-    folder_name: str,
+    run: RunFolder,
     config: RunConfig | None,
     last: NeuronStats,
     folders: list[tuple[int, Path]],
@@ -425,7 +425,7 @@ def _context(
             "cka": _mean_of(rows, "cka_permuted"),
         }
     return {
-        "run": last.run_name or folder_name,
+        "run": last.run_name or run.path.name,
         "parallel_fraction": None if config is None else config.data.mixture.parallel_fraction,
         "seed": None if config is None else config.seed,
         "languages": last.languages,
@@ -441,7 +441,7 @@ def _context(
         "counted_tokens": last.index.counted_tokens,
         "probe_sha256": last.index.probe_sha256,
         "steps": [step for step, _ in folders],
-        "train_steps": None if config is None else config.training.train_steps,
+        "train_steps": None if config is None else run.train_steps(),
         "chance": chance,
         "cka": "debiased" if _debiased(num_pairs, last.hidden_size) else "plain",
         "pwcca": {

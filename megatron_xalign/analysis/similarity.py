@@ -2,7 +2,7 @@
 
 # D sentences, H features, R resamples
 
-# ruff: noqa: N815 - arrays carry their axes in their names
+
 
 from __future__ import annotations
 

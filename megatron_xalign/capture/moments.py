@@ -78,7 +78,7 @@ class StreamSums:
         self._max_row_T1 = torch.empty(0)
 
     @property
-    def max_KLF(self) -> torch.Tensor:  # noqa: N802 - arrays carry their axes in their names
+    def max_KLF(self) -> torch.Tensor:
         """float32 [K, L, F]: largest post-activation; minus infinity where a language had no token."""
         return self._max_KLF[: self._num_languages]
 

@@ -242,6 +242,6 @@ def _write_together(folder: Path, index: StatsIndex, shard: Shard, ranks: Ranks)
             if size
         ]
         finish_neuron_stats(folder, index, entries)
-        log.info("neuron statistics of step %d: %s", index.step, folder)
+        log.debug("neuron statistics of step %d: %s", index.step, folder)
     ranks.barrier()
     return folder

@@ -8,7 +8,7 @@ cannot see the padding from the sentence.
 # D documents (sentences), B sentences of one batch, S padded length, T tokens in the order of [S, B]
 # L layers, F ffn width, M residual rows of this process, H hidden width, K languages
 
-# ruff: noqa: N815 - arrays carry their axes in their names
+
 
 from __future__ import annotations
 

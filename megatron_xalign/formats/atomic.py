@@ -34,11 +34,11 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = _beside(path)
     try:
-        with open(beside, "wb") as file:
+        with beside.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        beside.replace(path)
         sync_folder(path.parent)
     finally:
         beside.unlink(missing_ok=True)
@@ -59,7 +59,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         yield beside
         for file in beside.rglob("*"):
             if file.is_file():
-                with open(file, "rb") as handle:
+                with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         replace_folder(beside, path)
     finally:
@@ -70,8 +70,8 @@ def replace_folder(new: Path, path: Path) -> None:
     """Give ``new`` the name ``path``; what had that name before is removed afterwards."""
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
     if path.exists():
-        os.replace(path, old)
-    os.replace(new, path)
+        path.replace(old)
+    new.replace(path)
     sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -103,5 +103,5 @@ def read_json(path: str | Path) -> Any:
 
 def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file's bytes, as hexadecimal text."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

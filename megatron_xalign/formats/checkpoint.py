@@ -282,9 +282,10 @@ class CheckpointReader:
     def _read_chunk(self, name: str, tensor: _Tensor, chunk: _Chunk) -> torch.Tensor:
         what = f"{self.folder / chunk.file} ({name} at byte {chunk.start})"
         piece = _load_plain(io.BytesIO(self._read_bytes(chunk.file, chunk.start, chunk.length)), what)
-        if not isinstance(piece, torch.Tensor) or tuple(piece.shape) != chunk.stored_sizes or piece.dtype != tensor.dtype:
+        shape = list(chunk.stored_sizes)
+        if not isinstance(piece, torch.Tensor) or list(piece.shape) != shape or piece.dtype != tensor.dtype:
             raise CheckpointError(
-                f"{what} is not the {tensor.dtype} tensor of shape {list(chunk.stored_sizes)} that {METADATA} announces."
+                f"{what} is not the {tensor.dtype} tensor of shape {shape} that {METADATA} announces."
             )
         return piece.reshape(chunk.sizes)
 

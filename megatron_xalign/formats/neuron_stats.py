@@ -8,7 +8,7 @@ The folder is written beside and renamed once every shard is there, so a folder 
 # D documents (probe sentences), P pairs, K languages, L layers, F ffn width, H hidden width
 # M = L + 1 residual rows: row 0 is the embedding output, row l + 1 the output of layer l before the final norm
 
-# ruff: noqa: N815 - arrays carry their axes in their names
+
 
 from __future__ import annotations
 

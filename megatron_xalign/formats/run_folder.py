@@ -93,6 +93,10 @@ class RunFolder:
         """What ``run.json`` holds."""
         return read_json(self.facts_path)
 
+    def train_steps(self) -> int:
+        """Optimizer steps of the whole run; more than its config asks for with ``budget_rule: add``."""
+        return int(self.facts()["train_steps"]) if self.facts_path.is_file() else self.config().training.train_steps
+
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The logged steps in order.
 

@@ -110,7 +110,7 @@ def save_checkpoint(
         if ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    log.info("saved %s.", final)
+    log.debug("saved %s.", final)
     return final
 
 
@@ -151,7 +151,7 @@ def load_checkpoint(
             "%s was written on layout %s; random states start afresh on %s.", folder, manifest["layout"], _layout(ranks)
         )
     ranks.barrier()
-    log.info("loaded %s.", folder)
+    log.debug("loaded %s.", folder)
     return {"step": manifest["step"], "extra": manifest["extra"]}
 
 

@@ -22,6 +22,9 @@ from megatron_xalign.training.optimizer import Optimizer
 GetBatch = Callable[[list[int]], Batch]
 """Samples of the run, by number, as one micro-batch."""
 
+LossState = list[list[float]]
+"""Loss sums of a logging interval that a checkpoint cuts in two."""
+
 log = logging.getLogger(__name__)
 
 
@@ -57,12 +60,13 @@ def fit(
     ranks: Ranks,
     *,
     metrics_path: Path,
-    save: Callable[[int], Path],
+    save: Callable[[int, LossState], Path],
     languages: Sequence[str],
     source_names: Sequence[str],
     observers: Sequence[Observer] = (),
     current_batch: CurrentBatch | None = None,
     start_step: int = 0,
+    loss_state: LossState | None = None,
 ) -> dict[str, Any]:
     """Train from ``start_step`` to ``config.train_steps``.
 
@@ -75,12 +79,14 @@ def fit(
         config: steps, batch sizes, intervals.
         ranks: this process's place.
         metrics_path: ``metrics.jsonl``; lines after ``start_step`` are removed from it first.
-        save: writes the checkpoint of a step, called by every process; returns its path.
+        save: writes the checkpoint of a step, called by every process; returns its path. It also gets the loss sums
+            of the unfinished logging interval.
         languages: what language ids in batches count.
         source_names: what source ids in batches count.
         observers: called in this order at the moments of ``Observer``.
         current_batch: tells hooks of observers which micro-batch is running.
         start_step: optimizer steps already done.
+        loss_state: the loss sums that were saved with ``start_step``.
 
     Returns:
         The last line of metrics; empty if there was nothing left to do.
@@ -92,6 +98,8 @@ def fit(
     num_microbatches = _num_microbatches(config, ranks)
     current_batch = current_batch or CurrentBatch()
     losses = LossSums(languages, source_names, ranks)
+    if loss_state is not None:
+        losses.restore(loss_state)
     if ranks.rank == 0:
         truncate_metrics(metrics_path, start_step)
     line: dict[str, Any] = {}
@@ -138,7 +146,7 @@ def fit(
                 }
                 if ranks.rank == 0:
                     append_metrics(metrics_path, line)
-                log.info("step %d: loss %.4f, gradient norm %.3f, lr %.3g", done, means["loss"], grad_norm, lr)
+                log.debug("step %d: loss %.4f, gradient norm %.3f, lr %.3g", done, means["loss"], grad_norm, lr)
                 speed = f"{line['tokens_per_second']:,.0f} tokens/s"
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed}", refresh=False)
                 interval_start, compute_seconds, interval_tokens = time.monotonic(), 0.0, 0
@@ -146,7 +154,7 @@ def fit(
                 with _named(observer, "after_step", done):
                     observer.after_step(done, metrics)
             if done % config.save_interval_steps == 0 or done == config.train_steps:
-                path = save(done)
+                path = save(done, losses.state())
                 for observer in observers:
                     with _named(observer, "after_save", done):
                         observer.after_save(done, path)

@@ -39,6 +39,24 @@ class LossSums:
         self._sums.index_add_(1, language, rows)
         self._sums.index_add_(1, source, rows)
 
+    def state(self) -> list[list[float]]:
+        """The sums since the last line over all data-parallel ranks, the same on every process, for a checkpoint."""
+        sums = self.ranks.sum_over(self._sums, "data")
+        state: list[list[float]] = self.ranks.broadcast_over(sums, "pipeline", self.ranks.pipeline_size - 1).tolist()
+        return state
+
+    def restore(self, state: Sequence[Sequence[float]]) -> None:
+        """Go on from the sums of a checkpoint.
+
+        Raises:
+            ValueError: they are of another number of languages or sources.
+        """
+        sums = torch.tensor(state, dtype=self._sums.dtype, device=self._sums.device)
+        if sums.shape != self._sums.shape:
+            raise ValueError(f"loss sums of shape {list(sums.shape)}; this run has {list(self._sums.shape)}.")
+        # They are already summed over data-parallel ranks: one of those holds them.
+        self._sums.copy_(sums if self.ranks.data_rank == 0 else torch.zeros_like(sums))
+
     def take(self) -> dict[str, Any]:
         """Means since the last call, over all data-parallel ranks, on every process; start again from zero.
 

@@ -155,7 +155,7 @@ def build_model(
     )
     model.to(ranks.device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    log.info("process %d holds %d parameters.", ranks.rank, num_parameters)
+    log.debug("process %d holds %d parameters.", ranks.rank, num_parameters)
     if params_dtype == "bf16":
         model = Float16Module(megatron_config, model)
     wrapped = DistributedDataParallel(

@@ -169,7 +169,7 @@ def run(config: RunConfig, ranks: topology.Ranks, scenario: dict[str, Any]) -> N
         line = fit(
             chunks, optimizer, lambda numbers: collate([sample(number) for number in numbers]),
             dataclasses.replace(config.training, train_steps=stop_step), ranks, metrics_path=folder / "metrics.jsonl",
-            save=lambda step: folder, languages=LANGUAGES, source_names=["source"], observers=observers,
+            save=lambda step, sums: folder, languages=LANGUAGES, source_names=["source"], observers=observers,
             current_batch=current, start_step=start_step,
         )
         outcome["loss"], outcome["grad_norm"] = np.array(line["loss"]), np.array(line["grad_norm"])
