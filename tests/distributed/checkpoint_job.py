@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pickle
+import random
 import shutil
 import signal
 from pathlib import Path
@@ -76,7 +77,7 @@ class Run:
             self.chunks, config.optimizer, parallel=config.parallel, params_dtype=dtype, train_steps=STEPS
         )
 
-    def save(self, step: int) -> Path:
+    def save(self, step: int, losses: object = None) -> Path:
         from megatron_xalign.training.checkpoint import save_checkpoint
 
         extra = {
@@ -271,9 +272,20 @@ def after_kill(folders: list[str]) -> list[dict[str, Any]]:
             run.save(2)
             after = sorted(path.name for path in Path(folder).iterdir())
             found.append({"before": before, "step": step, "after": after})
-        fresh = Run(Path(folders[0]), ranks, config)
+        drawn = _draw()
+        run.load(Path(folders[-1]) / "step-000002")
+        found.append({"drawn": drawn, "drawn after loading": _draw()})
         try:
-            fresh.load(Path(folders[0]) / "step-000077")
+            run.load(Path(folders[0]) / "step-000077")
         except CheckpointError as error:
             found.append({"missing": str(error)})
     return found
+
+
+def _draw() -> list[float]:
+    """One number of every generator that a checkpoint keeps."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    with get_cuda_rng_tracker().fork():
+        of_megatron = torch.rand(1).item()
+    return [torch.rand(1).item(), of_megatron, float(np.random.random()), random.random()]

@@ -163,9 +163,11 @@ def test_a_save_killed_before_it_has_its_name_leaves_the_checkpoint_before_it(tm
     for folder, moment in zip(folders, moments, strict=True):
         with pytest.raises(ProcessError, match="exit code -9"):
             run_processes(JOB, "killed", {"folder": folder, "moment": moment})
-    (*found, missing), = run_processes(JOB, "after_kill", {"folders": folders})
+    ((*found, random_states, missing),) = run_processes(JOB, "after_kill", {"folders": folders})
     for state in found:
         assert state == {
             "before": [".step-000002.partial", "step-000001"], "step": 1, "after": ["step-000001", "step-000002"]
         }
+    # The last save left its generators as they were, so a process that loads it draws the same numbers.
+    assert random_states["drawn after loading"] == random_states["drawn"]
     assert "step-000077 does not exist" in missing["missing"]
