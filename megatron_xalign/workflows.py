@@ -184,7 +184,7 @@ def train(config: RunConfig) -> Path:
         model_chunks = build_model(
             config.model, padded_vocab_size=vocab_size, seq_length=config.data.seq_length, parallel=config.parallel,
             params_dtype=config.training.params_dtype, recompute=config.training.recompute, ranks=ranks,
-            seed=config.seed,
+            seed=config.seed, vocab_size=tokenizer.vocab_size,
         )
         optimizer = build_optimizer(
             model_chunks, config.optimizer, parallel=config.parallel, params_dtype=config.training.params_dtype,

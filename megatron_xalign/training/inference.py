@@ -46,7 +46,7 @@ def load_for_inference(checkpoint: str | Path) -> Iterator[Logits]:
             config.model,
             padded_vocab_size=padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by, 1),
             seq_length=config.data.seq_length, parallel=parallel, params_dtype="fp32", recompute="none", ranks=ranks,
-            seed=config.seed,
+            seed=config.seed, vocab_size=vocab_size,
         )
         load_weights(checkpoint, chunks, ranks)
         model = unwrap(chunks[0]).eval()

@@ -106,6 +106,7 @@ def build_model(
     recompute: Recompute,
     ranks: Ranks,
     seed: int,
+    vocab_size: int | None = None,
 ) -> list[Any]:
     """Build this rank's part of the model, with initial weights, wrapped for data-parallel training.
 
@@ -118,6 +119,8 @@ def build_model(
         recompute: ``full`` recomputes every layer's forward in the backward pass.
         ranks: this process's place, from ``topology.start``.
         seed: seed of the initial weights, which depend on it and on parameter names alone.
+        vocab_size: ids of the tokenizer; rows from here on are padding and get no probability, so that losses do not
+            depend on how far the tensor-parallel size pads. None: every row is a token.
 
     Returns:
         Model chunks of this pipeline stage (one), each Megatron's ``DistributedDataParallel`` around, for bf16, its
@@ -153,6 +156,8 @@ def build_model(
     initialize(
         model, seed, config.init_method_std, config.num_layers, not config.untie_embeddings_and_output_weights, ranks
     )
+    if vocab_size is not None and ranks.is_last_stage:
+        _mask_padding(model, vocab_size, ranks)
     model.to(ranks.device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     log.debug("process %d holds %d parameters.", ranks.rank, num_parameters)
@@ -166,6 +171,19 @@ def build_model(
         module=model,
     )
     return [wrapped]
+
+
+def _mask_padding(model: Any, vocab_size: int, ranks: Ranks) -> None:
+    """Give padded rows of the vocabulary no probability: Megatron's softmax runs over all rows of its shards."""
+    rows = model.output_layer.output_size_per_partition
+    first = max(0, vocab_size - rows * ranks.tensor_rank)
+    if first >= rows:
+        return
+
+    def hook(module: Any, args: Any, output: tuple[torch.Tensor, Any]) -> None:
+        output[0][..., first:].fill_(torch.finfo(output[0].dtype).min)
+
+    model.output_layer.register_forward_hook(hook)
 
 
 def _layer_spec(config: ModelConfig) -> Any:
