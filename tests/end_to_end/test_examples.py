@@ -1,0 +1,75 @@
+"""Every YAML of examples/ trains, its text and its sizes replaced by small ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from corpus_of_nonsense import LANGUAGES, write_corpus
+from xalign_process import ROOT, Xalign
+
+from megatron_xalign.config import RunConfig, read_config
+from megatron_xalign.names import architecture
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+SMALL = (
+    "model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=2",
+    "data.seq_length=64", "data.sources.0.max_repeats=9", "data.sources.1.max_repeats=9",
+    "training.train_steps=2", "training.global_batch_size=8", "training.micro_batch_size=2",
+    "optimizer.lr_warmup_steps=1", "training.save_interval_steps=2", "capture.probe_interval_steps=2",
+    "capture.stream_interval_steps=1", "capture.probe_batch_tokens=512",
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory, xalign: Xalign) -> Path:
+    """Token files of a small corpus."""
+    folder = tmp_path_factory.mktemp("text")
+    own = write_corpus(folder / "own")
+    files = [f"--monolingual={language}={own}/{language}.jsonl" for language in LANGUAGES]
+    xalign("corpus", folder / "corpus", *files, "--pairs", own / "pairs.jsonl", "--num-probe", "20")
+    xalign("tokenizer", "train", folder / "corpus", folder / "tokenizer", "--vocab-size", "400")
+    for language in LANGUAGES:
+        xalign(
+            "preprocess", folder / "corpus" / f"{language}.jsonl", "--language", language, "--tokenizer",
+            folder / "tokenizer", "--output-prefix", folder / "tokens" / language,
+        )
+    xalign(
+        "preprocess", folder / "corpus" / "pairs.jsonl", "--pairs", ",".join(LANGUAGES), "--tokenizer",
+        folder / "tokenizer", "--output-prefix", folder / "tokens" / "-".join(LANGUAGES),
+    )
+    return folder
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_trains_in_small(example: Path, text: Path, tmp_path: Path, xalign: Xalign) -> None:
+    places = [
+        f"data.tokenizer={text}/tokenizer", f"data.probe={text}/corpus/probe.jsonl", f"output_dir={tmp_path}/run",
+        *(f"data.sources.{i}.prefix={text}/tokens/{name}" for i, name in enumerate([*LANGUAGES, "-".join(LANGUAGES)])),
+    ]
+    overrides = [part for setting in (*SMALL, *places) for part in ("--set", setting)]
+    config = read_config(example, [*SMALL, *places], RunConfig)
+    processes = 2 * config.parallel.model_parallel_size if config.parallel.model_parallel_size == 1 else 4
+    xalign("train", example, "--nproc-per-node", processes, *overrides)
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert last["step"] == 2
+    assert set(last["loss_by_language"]) == set(LANGUAGES)
+
+
+def test_the_study_s_model_has_1_4_billion_parameters() -> None:
+    config = read_config(ROOT / "examples" / "study_1.4b.yaml", (), RunConfig)
+    model, vocab_size = config.model, 50_304
+    attention = 4 * model.hidden_size**2
+    mlp = 3 * model.hidden_size * model.ffn_hidden_size
+    total = model.num_layers * (attention + mlp) + 2 * vocab_size * model.hidden_size
+    assert total == pytest.approx(1.42e9, rel=0.01)
+    assert architecture(model) == "OlmoForCausalLM"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_opens_with_what_it_is_needs_runs_and_varies(example: Path) -> None:
+    opening = example.read_text(encoding="utf-8").split("\nname:")[0]
+    assert all(line.startswith("#") for line in opening.splitlines())
+    assert all(word in opening for word in ("Needs:", "Run:", "Vary:"))
