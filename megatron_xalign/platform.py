@@ -73,10 +73,6 @@ class _CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # Gradient clipping and the distributed optimizer compare the type's name with torch.cuda.FloatTensor.
             return func(args[0]).replace("torch.", "torch.cuda.", 1)
-        if func is torch.Tensor.backward:
-            # Torch leaves the mode while it runs an overridable function, and this one runs Megatron's own backward
-            # functions, which allocate on "cuda". torch.autograd.backward is what Tensor.backward calls.
-            return _backward(self, *args, **kwargs)
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
         if func is torch.Tensor.to:
@@ -90,18 +86,6 @@ def _set(module: object, name: str, value: object) -> None:
 
 def _patch_current_device() -> None:
     _set(torch.cuda, "current_device", lambda: CPU)
-
-
-def _backward(
-    mode: TorchFunctionMode,
-    tensor: torch.Tensor,
-    gradient: torch.Tensor | None = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    inputs: Any = None,
-) -> None:
-    with mode:
-        torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
 
 
 # Each replacement is a function object of its own: torch's compiler files torch functions by identity and refuses the
@@ -119,8 +103,18 @@ def _patch_streams() -> None:
 
 
 def _patch_device_arguments() -> None:
+    mode = _CudaMeansCpu()
     # Entered for good, as torch.set_default_device does it.
-    _CudaMeansCpu().__enter__()
+    mode.__enter__()
+    run: Callable[..., Any] = vars(torch.autograd)["_engine_run_backward"]
+
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        # Torch leaves the mode while it runs an overridable function. Tensor.backward is one, and Megatron's own
+        # backward functions and recomputed forward passes run inside it.
+        with mode:
+            return run(*args, **kwargs)
+
+    _set(torch.autograd, "_engine_run_backward", run_backward)
 
 
 def _patch_rng_state() -> None:

@@ -154,7 +154,10 @@ def fit(
                 with _named(observer, "after_step", done):
                     observer.after_step(done, metrics)
             if done % config.save_interval_steps == 0 or done == config.train_steps:
-                path = save(done, losses.state())
+                loss_sums = losses.state()
+                path = save(done, loss_sums)
+                # A resumed run goes on from the rounded sums of the checkpoint; so does this one, to the same last bit.
+                losses.restore(loss_sums)
                 for observer in observers:
                     with _named(observer, "after_save", done):
                         observer.after_save(done, path)

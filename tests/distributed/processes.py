@@ -39,21 +39,19 @@ def run_processes(
     arguments: dict[str, Any] | None = None,
     num_processes: int = 1,
     timeout_seconds: float = 240,
-    port: int | None = None,
-    environment: dict[str, str] | None = None,
 ) -> list[Any]:
     """Call ``function(**arguments)`` of a Python file in every process of a new job; results in rank order."""
     with tempfile.TemporaryDirectory(prefix="xalign-test-") as name:
         folder = Path(name)
         (folder / "arguments.json").write_text(json.dumps(arguments or {}), encoding="utf-8")
-        master_port = str(port or free_port())
+        master_port = str(free_port())
         started = []
         for rank in range(num_processes):
             settings = {
                 **os.environ, "OMP_NUM_THREADS": "1", "XALIGN_PROGRESS": "0", "MASTER_ADDR": "localhost",
                 "MASTER_PORT": master_port, "WORLD_SIZE": str(num_processes), "RANK": str(rank),
                 "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": "",
-                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), **(environment or {}),
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             }
             with (folder / f"{rank}.log").open("wb") as log_file:
                 started.append(
