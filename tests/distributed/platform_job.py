@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import signal
+import sys
 import tempfile
 import traceback
 import warnings
@@ -26,10 +26,11 @@ def examine() -> dict[str, Any]:
         ``arguments``: what CUDA arguments give; ``installing``: what a second and a refused installation do.
     """
     warnings.simplefilter("ignore")
+    sys.modules["triton"] = None  # type: ignore[assignment]  # as with torch's CPU wheel, which brings none
     from megatron_xalign import platform
 
-    if importlib.util.find_spec("triton") is not None or importlib.metadata.version("megatron-core") < "0.17":
-        import megatron.core  # noqa: F401  Once for all children; it can be imported without the backend here.
+    if importlib.metadata.version("megatron-core") < "0.17":
+        import megatron.core  # noqa: F401  # once for all children; later versions need the backend for it
     names = ["", *(patch.name for patch in platform.PATCHES)]
     return {
         "without": {name: _in_child(partial(_train_without, name)) for name in names},
