@@ -36,7 +36,7 @@ or stage by stage, with files in between (each verb's --help says more):
 """,
     "quickstart": """
 examples:
-  xalign quickstart                                  three runs at 0, 0.05 and 0.3; about 15 minutes on two cores
+  xalign quickstart                                  three runs at 0, 0.05 and 0.5; about 15 minutes on two cores
   xalign quickstart --fractions 0,0.02 --out mine    other shares of parallel text
   xalign quickstart --corpus DIR                     your own text: DIR holds LANGUAGE.jsonl and pairs.jsonl
 
@@ -214,8 +214,8 @@ def _add_quickstart(verbs: Any) -> None:
     parser = _verb(verbs, "quickstart", "the whole path on a laptop: text, training, analysis, one page", _quickstart)
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder (default: quickstart)")
     parser.add_argument(
-        "--fractions", type=_fraction_list, default=(0.0, 0.05, 0.3), metavar="P,P,...",
-        help="shares of parallel tokens, one training run each (default: 0,0.05,0.3)",
+        "--fractions", type=_fraction_list, default=(0.0, 0.05, 0.5), metavar="P,P,...",
+        help="shares of parallel tokens, one training run each (default: 0,0.05,0.5)",
     )
     parser.add_argument("--steps", type=_positive, default=None, help="training steps of each run (default: as tuned)")
     parser.add_argument("--seed", type=_natural, default=1234, help="initial weights and data order (default: 1234)")
