@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import signal
 import socket
@@ -44,6 +45,9 @@ def run_workers(arguments: list[str], processes: int, master_port: int | None = 
     if master_port is not None:
         check_port(master_port)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # The agent's own account of a failure names processes; ours, below, names the cause.
+    for part in ("agent.server.api", "multiprocessing.api"):
+        logging.getLogger(f"torch.distributed.elastic.{part}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="xalign-errors-") as errors:
         os.environ[_ERROR_FOLDER] = errors
         config = LaunchConfig(

@@ -197,14 +197,13 @@ def plan_quickstart(
 
 def run_quickstart(plan: QuickstartPlan) -> str:
     """Run every stage that is not done yet; return where things lie and what came out, as text for a terminal."""
-    plan.out.mkdir(parents=True, exist_ok=True)
-    write_json(plan.out / "quickstart.json", {"text": str(plan.corpus) if plan.corpus else "registry"})
     stages = _Stages(3 + 3 * len(plan.fractions) + 1)
 
     with stages.next("text"):
         workflows.make_corpus(
             plan.corpus_folder, cache=plan.cache, seed=CORPUS_SEED, own_folder=plan.corpus,
         )
+        write_json(plan.out / "quickstart.json", {"text": str(plan.corpus) if plan.corpus else "registry"})
         languages = workflows.corpus_languages(plan.corpus_folder)
         pair = "-".join(languages)
     with stages.next("tokenizer"):
