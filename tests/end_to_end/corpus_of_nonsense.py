@@ -15,7 +15,7 @@ def write_corpus(folder: Path, num_pairs: int = 900, num_documents: int = 240, s
     words = {
         "eng_Latn": [rng.choice("bdfgklmnprst") + rng.choice("aeiou") + rng.choice("bdgklmnprst") for _ in range(160)],
         "fin_Latn": [
-            rng.choice("hjkmnprstv") + rng.choice(["ää", "öy", "ie", "uo"]) + rng.choice("klmnrst") + rng.choice("aäiou")
+            "".join(rng.choice(part) for part in ("hjkmnprstv", ["ää", "öy", "ie", "uo"], "klmnrst", "aäiou"))
             for _ in range(160)
         ],
     }
@@ -27,13 +27,13 @@ def write_corpus(folder: Path, num_pairs: int = 900, num_documents: int = 240, s
         return " ".join(words[language][number] for number in numbers).capitalize() + "."
 
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "pairs.jsonl", "w", encoding="utf-8") as file:
+    with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
         for number in range(num_pairs):
             meaning = sentence(rng.randint(6, 14))
             texts = {language: text(language, meaning) for language in LANGUAGES}
             print(json.dumps({"id": f"pair-{number}", "texts": texts}, ensure_ascii=False), file=file)
     for language in LANGUAGES:
-        with open(folder / f"{language}.jsonl", "w", encoding="utf-8") as file:
+        with (folder / f"{language}.jsonl").open("w", encoding="utf-8") as file:
             for number in range(num_documents):
                 body = " ".join(text(language, sentence(rng.randint(6, 14))) for _ in range(rng.randint(3, 12)))
                 print(json.dumps({"id": f"{language}-{number}", "text": body}, ensure_ascii=False), file=file)

@@ -102,7 +102,8 @@ def test_the_hugging_face_folder_loads_and_generates(finished: Path) -> None:
     folder = finished / "out" / "hf" / "p0.3"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    text = json.loads((finished / "text" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()[0])["texts"]["eng_Latn"]
+    line = (finished / "text" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    text = json.loads(line)["texts"]["eng_Latn"]
     encoded = tokenizer(text, return_tensors="pt")
     generated = model.generate(**encoded, max_new_tokens=8, do_sample=False)
     assert generated.shape[1] > encoded["input_ids"].shape[1]
@@ -117,10 +118,9 @@ def test_the_page_is_whole_and_asks_nothing_of_the_network(finished: Path) -> No
 
 
 def test_the_same_command_again_does_nothing_twice(finished: Path, xalign: Xalign) -> None:
-    watched = [
-        path for path in (finished / "out").rglob("*")
-        if path.is_file() and path.suffix in (".bin", ".idx", ".distcp", ".safetensors") and "analysis" not in path.parts
-    ]
+    kinds = (".bin", ".idx", ".distcp", ".safetensors")
+    files = [path for path in (finished / "out").rglob("*") if path.is_file() and path.suffix in kinds]
+    watched = [path for path in files if "analysis" not in path.parts]
     before = {path: path.stat().st_mtime_ns for path in watched}
     xalign(*arguments(finished), timeout=300)
     assert {path: path.stat().st_mtime_ns for path in watched} == before
