@@ -97,11 +97,13 @@ def check(
     """
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as transformers_logging
     except ImportError as error:
         raise ConfigError(
             f"checking a conversion needs transformers ({error}): pip install 'transformers>=4.48'."
         ) from None
 
+    transformers_logging.disable_progress_bar()
     hf_folder = Path(hf_folder)
     settings = read_json(hf_folder / "config.json")
     sequences = _token_sequences(hf_folder, texts_or_tokens, settings["max_position_embeddings"])

@@ -20,6 +20,7 @@ import platform as python_platform
 import queue
 import random
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -500,7 +501,10 @@ def _errors_of_core(what: str) -> Iterator[None]:
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        yield
+        with warnings.catch_warnings():
+            # Core's calls of functions that torch is about to rename are no business of who trains.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     except CheckpointException as error:
         reasons = sorted({f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()})
         raise CheckpointError(f"{what}: {'; '.join(reasons)}") from error
