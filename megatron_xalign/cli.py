@@ -116,7 +116,8 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
     try:
         return handler(options)
     except KeyboardInterrupt:
-        print("xalign: interrupted; the same command continues where it stopped.", file=sys.stderr)
+        if not launch.in_worker():
+            print("\nxalign: interrupted; the same command continues where it stopped.", file=sys.stderr)
         return INTERRUPTED
     except XAlignError as error:
         launch.report_failure(error)

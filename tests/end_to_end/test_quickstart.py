@@ -132,10 +132,10 @@ def test_another_seed_in_the_same_folder_is_refused_by_name(finished: Path, xali
     assert "seed: 1234 -> 5" in done.stderr
 
 
-def test_a_run_killed_at_any_moment_ends_with_the_numbers_of_an_undisturbed_one(
+def test_a_run_interrupted_and_then_killed_ends_with_the_numbers_of_an_undisturbed_one(
     finished: Path, tmp_path: Path, xalign: Xalign
 ) -> None:
-    """Killed hard twice while training, then continued: metrics and final statistics equal the undisturbed run's."""
+    """Ctrl-C, then a hard kill, then to the end: metrics and last statistics equal the undisturbed run's."""
     out = tmp_path / "out"
     shutil.copytree(finished / "out" / "corpus", out / "corpus")
     shutil.copytree(finished / "out" / "tokenizer", out / "tokenizer")
@@ -144,7 +144,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_numbers_of_an_undisturbed_one(
     (tmp_path / "run.yaml").write_text(config.replace(str(finished / "out"), str(out)), encoding="utf-8")
     run = out / "runs" / "p0"
     command = [sys.executable, "-m", "megatron_xalign", "train", str(tmp_path / "run.yaml"), "--nproc-per-node", "2"]
-    for wanted in (3, 7):  # logged steps seen before the kill
+    for wanted, ending in ((3, signal.SIGINT), (7, signal.SIGKILL)):  # logged steps seen before the end
         process = subprocess.Popen(
             command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -154,8 +154,8 @@ def test_a_run_killed_at_any_moment_ends_with_the_numbers_of_an_undisturbed_one(
                 break
             time.sleep(0.02)
         assert process.poll() is None, "the run ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=60)
+        process.send_signal(ending)
+        assert process.wait(timeout=90) == (130 if ending == signal.SIGINT else -signal.SIGKILL)
         wait_for_orphans(str(tmp_path / "run.yaml"))
     xalign("train", tmp_path / "run.yaml", "--nproc-per-node", "2")
     assert metrics(run) == metrics(finished / "out" / "runs" / "p0")
