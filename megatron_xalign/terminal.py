@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_xalign.formats.results import Results
 
-_SHOWN = ("retrieval", "retrieval_centred", "cosine_gap", "cka", "cka_permuted", "pwcca", "pwcca_permuted", "mexa")
+_SHOWN = ("retrieval_centred", "retrieval", "cosine_gap", "cka", "cka_permuted", "pwcca", "pwcca_permuted", "mexa")
 
 
 def describe_tokenizer(manifest: Mapping[str, Any]) -> str:

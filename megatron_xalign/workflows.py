@@ -292,14 +292,18 @@ def analyze(run: Path) -> Any:
 
 
 def outcome(run: Path) -> dict[str, float]:
-    """Where a run ended: mean training loss of the last logged steps, and retrieval at its best layer."""
+    """Where a run ended: mean training loss of the last logged steps, and retrieval at its best layer.
+
+    Retrieval is the report's: languages centred, on the last step that was analysed.
+    """
     from megatron_xalign.formats.results import read_results
+    from megatron_xalign.report.series import RETRIEVAL
 
     results = read_results(RunFolder(run).analysis)
     last = max(row.step for row in results.rows)
     return {
         "loss": list(RunFolder(run).metrics())[-1]["loss"],
-        "retrieval": max(row.value for row in results.select(measure="retrieval", step=last)),
+        "retrieval": max(row.value for row in results.select(measure=RETRIEVAL, step=last)),
     }
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_xalign.formats.results import Row
-from megatron_xalign.report.series import Run, Series
+from megatron_xalign.report.series import RETRIEVAL, Run, Series
 from megatron_xalign.report.wording import (
     NO_BREAK,
     amount,
@@ -50,8 +50,8 @@ def _retrieved(series: Series, pair: str) -> str:
     tokens = {amount(count) for count in series.tokens}
     return (
         f"At step {thousands(series.step)} ({' / '.join(sorted(tokens))} tokens), retrieval of "
-        f"{series.pair_name(pair)} translations at the best layer is {listing(parts)}; chance is "
-        f"{percent(series.chance)}."
+        f"{series.pair_name(pair)} translations with languages centred, at the best layer, is {listing(parts)}; "
+        f"chance is {percent(series.chance)}."
         + (f" In brackets: 95{NO_BREAK}% intervals over sentences." if banded else "")
     )
 
@@ -74,15 +74,30 @@ def _supported(series: Series, pair: str) -> list[str]:
             f"{about}The best layer of {which} is the embedding output, so there no layer of the network finds more "
             "translations than single tokens do."
         )
-    untrained = [row.value for run in series.runs if (row := run.at("retrieval", -1, pair, 0)) is not None]
+    untrained = [best_retrieval(run, pair, 0).value for run in series.runs if run.by_layer(RETRIEVAL, pair, 0)]
     if untrained:
-        low, high = percent(min(untrained)), percent(max(untrained))
-        found = low if low == high else f"{low} to {high}"
-        sentences.append(
-            f"{about}Before training, the random embeddings already retrieve {found}: that much the tokens give which "
-            "both sides share (names, numbers, punctuation)."
+        embedded = [row.value for run in series.runs if (row := run.at(RETRIEVAL, -1, pair, 0)) is not None]
+        sentence = (
+            f"{about}Before training, random weights already retrieve {_range(untrained)} at their best layer"
+            + (f" ({_range(embedded)} at the embedding)" if embedded else "")
+            + ": that much the tokens give which both sides share (names, numbers, punctuation)."
         )
+        reached = [
+            run.label
+            for run, row in rows
+            if run.label not in blind and (row.low if row.low is not None else row.value) <= max(untrained)
+        ]
+        if reached:
+            few = f"The run with {listing(reached)} parallel data is not"
+            sentence += f" {'No run is' if len(reached) == len(rows) else few} clearly above that."
+        sentences.append(sentence)
     return sentences
+
+
+def _range(values: list[float]) -> str:
+    """``1.3 %``, or ``1.3 % to 1.7 %`` where runs differ."""
+    low, high = percent(min(values)), percent(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def _compared(most: tuple[Run, Row], least: tuple[Run, Row]) -> str:
@@ -119,8 +134,8 @@ def _uncertainty(series: Series) -> str:
 
 
 def best_retrieval(run: Run, pair: str, step: int) -> Row:
-    """Retrieval of a pair at the layer where the run retrieves best."""
-    row = run.at("retrieval", run.best_layer(pair, step), pair, step)
+    """Retrieval of a pair, languages centred, at the layer where the run retrieves best."""
+    row = run.at(RETRIEVAL, run.best_layer(pair, step), pair, step)
     assert row is not None
     return row
 
@@ -138,13 +153,21 @@ def explanations(series: Series) -> list[Explanation]:
     """What every measure in the report means, and what chance alone gives."""
     share = percent(1 / len(series.probed), 0)
     known = {
-        "retrieval": (
-            "Translations retrieved",
-            "Each sentence looks for its translation among all probe sentences of the other language, by the cosine "
-            "between averaged residual-stream vectors; the share that find it, mean of both directions. Ties count as "
-            "misses. The best layer is chosen on the same sentences, for every run alike.",
+        RETRIEVAL: (
+            "Translations retrieved, languages centred",
+            "Each language's mean over the probe sentences is taken away first, so that what is compared is what a "
+            "sentence says beyond which language it is in. Then each sentence looks for its translation among all "
+            "probe sentences of the other language, by the cosine between averaged residual-stream vectors; the share "
+            "that find it, mean of both directions. Ties count as misses. Means and best layer come from the probe "
+            "itself, for every run alike.",
             f"1 in {thousands(series.num_pairs)}, {percent(series.chance)}; the best of several layers is a little "
             "above it.",
+        ),
+        "retrieval": (
+            "Translations retrieved, not centred",
+            "The same with the vectors as they are. What all sentences of a language have in common then counts too, "
+            "and can drown what tells them apart.",
+            f"1 in {thousands(series.num_pairs)}, {percent(series.chance)}.",
         ),
         "mexa": (
             "MEXA",
@@ -159,9 +182,8 @@ def explanations(series: Series) -> list[Explanation]:
             "0.",
         ),
         "cosine_centred_gap": (
-            "The same, languages centred",
-            "As above, after each language's own mean vector is taken off, so that what marks the language as such "
-            "no longer counts.",
+            "Cosine, translation minus random, languages centred",
+            "As above, with each language's mean taken away first.",
             "0.",
         ),
         "cka": (

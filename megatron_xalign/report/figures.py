@@ -22,7 +22,7 @@ from megatron_xalign.report.panels import (
     survival_panel,
     training_panel,
 )  # fmt: skip
-from megatron_xalign.report.series import Series, projection
+from megatron_xalign.report.series import RETRIEVAL, Series, projection
 from megatron_xalign.report.wording import (
     language_name,
     layer_words,
@@ -33,6 +33,7 @@ from megatron_xalign.report.wording import (
 
 HEADER = ("run", "parallel_fraction", "step", "consumed_tokens", "measure", "layer", "subject", "value", "low", "high")
 MAX_PAIRS_DRAWN = 6
+FOUND_CENTRED = "translations found (%),\nlanguages centred"
 
 
 def build_figures(series: Series, palette: Palette) -> dict[str, Picture]:
@@ -57,14 +58,14 @@ def alignment_over_training(series: Series, palette: Palette) -> Picture:
     summary: list[str] = []
     for pair in series.pairs[:MAX_PAIRS_DRAWN]:
         best = {run.name: run.best_layer(pair, series.step) for run in series.runs}
-        about = f" · {series.pair_name(pair)}" if len(series.pairs) > 1 else ""
-        retrieval = [(run, run.curve("retrieval", best[run.name], pair)) for run in series.runs]
+        about = f"\n{series.pair_name(pair)}" if len(series.pairs) > 1 else ""
+        retrieval = [(run, run.curve(RETRIEVAL, best[run.name], pair)) for run in series.runs]
         gap = [(run, run.curve("cosine_gap", best[run.name], pair)) for run in series.runs]
         cka = [(run, run.curve("cka", best[run.name], pair)) for run in series.runs]
         permuted = [(run, run.curve("cka_permuted", best[run.name], pair)) for run in series.runs]
         panels += [
             Panel(f"Translations retrieved{about}", training_panel(
-                series, palette, retrieval, "translations found (%)", scale=100, chance=series.chance, floor=0)),
+                series, palette, retrieval, FOUND_CENTRED, scale=100, chance=series.chance, floor=0)),
             Panel(f"Cosine, translation minus random{about}", training_panel(
                 series, palette, gap, "difference of cosines", chance=0.0)),
             Panel(f"{_cka(series)}{about}", training_panel(
@@ -74,7 +75,7 @@ def alignment_over_training(series: Series, palette: Palette) -> Picture:
         summary.append(
             f"{series.pair_name(pair)} at step {thousands(series.step)}: "
             + "; ".join(
-                f"{run.label} parallel data {percent(_at(rows, series.step))} retrieved"
+                f"{run.label} parallel data {percent(_at(rows, series.step))} retrieved, languages centred"
                 f" (chance {percent(series.chance)})"
                 for run, rows in retrieval
             )
@@ -98,30 +99,36 @@ def alignment_over_training(series: Series, palette: Palette) -> Picture:
         alt="Alignment over training. " + ". ".join(summary) + ".",
         caption=f"Every run at the layer where it retrieves best at step {thousands(series.step)}: {layers}."
         + (f" The other {left_out} pairs are in the results of each run." if left_out > 0 else ""),
+        margins=(0.76, 0.12, 0.46, 0.46 + _second_line(series)),
     )
 
 
 def alignment_by_layer(series: Series, palette: Palette) -> Picture:
     """The similarity measures over layers at the last step."""
     wanted = [
-        ("retrieval", "", "Translations retrieved", "translations found (%)"),
+        (RETRIEVAL, "", "Translations retrieved", FOUND_CENTRED),
+        ("retrieval", "", "Retrieved, not centred", "translations found (%)"),
         ("mexa", "", "MEXA", "score (%)"),
         ("cosine_gap", "", "Cosine, translation minus random", "difference of cosines"),
-        ("cosine_centred_gap", "", "The same, languages centred", "difference of cosines"),
+        ("cosine_centred_gap", "", "Cosine difference, centred", "difference of cosines,\nlanguages centred"),
         ("cka", "cka_permuted", _cka(series), "similarity (0 to 1)"),
         ("pwcca", "pwcca_permuted", "PWCCA", "similarity (0 to 1)"),
     ]
+    by_chance = {
+        RETRIEVAL: series.chance, "retrieval": series.chance, "mexa": 1 / (2 * series.num_pairs - 1),
+        "cosine_gap": 0.0, "cosine_centred_gap": 0.0,
+    }  # fmt: skip
     panels: list[Panel] = []
     drawn: list[Line] = []
     for pair in series.pairs[:MAX_PAIRS_DRAWN]:
-        about = f" · {series.pair_name(pair)}" if len(series.pairs) > 1 else ""
+        about = f"\n{series.pair_name(pair)}" if len(series.pairs) > 1 else ""
         for measure, baseline, title, unit in wanted:
             if not series.has(measure):
                 continue
             lines = [(run, run.by_layer(measure, pair, series.step)) for run in series.runs]
             dashed = [(run, run.by_layer(baseline, pair, series.step)) for run in series.runs] if baseline else []
             scale = 100.0 if "%" in unit else 1.0
-            chance = series.chance if measure == "retrieval" else 0.0 if measure.endswith("gap") else None
+            chance = by_chance.get(measure)
             floor = None if measure.endswith("gap") else 0.0
             panels.append(Panel(title + about, layer_panel(
                 series, palette, lines, unit, scale=scale, chance=chance, dashed=dashed, floor=floor)))  # fmt: skip
@@ -146,7 +153,7 @@ def alignment_by_layer(series: Series, palette: Palette) -> Picture:
         alt=f"Alignment by layer at step {thousands(series.step)}. " + "; ".join(best) + ".",
         caption=f"Step {thousands(series.step)}. emb is the output of the embedding, before any layer: what is alike "
         "there is alike token by token.",
-        margins=(0.6, 0.12, 0.46, 0.34),
+        margins=(0.76, 0.12, 0.46, 0.34 + _second_line(series)),
     )
 
 
@@ -181,7 +188,7 @@ def neurons_by_layer(series: Series, palette: Palette) -> Picture:
         header=HEADER,
         records=_records(drawn),
         alt=f"Language-specific neurons by layer at step {thousands(series.step)}. " + "; ".join(summary) + ".",
-        caption=f"Step {thousands(series.step)}; every layer has {_width(series)} neurons.",
+        caption=f"Step {thousands(series.step)}; every layer has {_width(series)} neurons.{_lape_share(series)}",
         margins=(0.68, 0.12, 0.46, 0.34),
     )
 
@@ -214,7 +221,7 @@ def neurons_over_training(series: Series, palette: Palette) -> Picture:
         header=HEADER,
         records=_records(drawn),
         alt="Language-specific neurons in the whole model, last value. " + "; ".join(summary) + ".",
-        caption="All layers together." + _lape_source(series),
+        caption="All layers together." + _lape_share(series) + _lape_source(series),
         margins=(0.68, 0.12, 0.46, 0.46),
     )
 
@@ -376,6 +383,11 @@ def _records(lines: Iterable[Line]) -> list[tuple[Any, ...]]:
     return sorted(once, key=lambda record: (record[4], record[6], record[1], record[0], record[2], record[5] or 0))
 
 
+def _second_line(series: Series) -> float:
+    """Inches that titles need for the pair, which is named where there are several."""
+    return 0.17 if len(series.pairs) > 1 else 0.0
+
+
 def _best_layers(series: Series, pair: str) -> str:
     """``layer 2 (5 %) and layer 1 (30 %)``, or ``layer 2`` where all agree."""
     best = [layer_words(run.best_layer(pair, series.step)) for run in series.runs]
@@ -394,6 +406,19 @@ def _at(rows: list[Row], step: int) -> float:
 
 def _cka(series: Series) -> str:
     return "Linear CKA, debiased" if series.debiased_cka else "Linear CKA"
+
+
+def _lape_share(series: Series) -> str:
+    """What LAPE selects before anything is counted, where the analysis says how much."""
+    context = series.runs[0].results.context
+    share = context.get("lape", {}).get("top_rate")
+    if share is None or "ffn_hidden_size" not in context or not series.has("lape_count"):
+        return ""
+    neurons = series.num_layers * context["ffn_hidden_size"]
+    return (
+        f" LAPE selects {percent(share, None)} of all neurons whatever training does, here "
+        f"{thousands(share * neurons)} of {thousands(neurons)}: those whose activity is most confined to one language."
+    )
 
 
 def _lape_source(series: Series) -> str:

@@ -22,7 +22,11 @@ from megatron_xalign.report.wording import pair_name, percent
 
 Read = TypeVar("Read")
 
-REQUIRED_MEASURES = ("retrieval", "cosine_gap", "cka", "ap_count_0.9", "nll_per_token")
+RETRIEVAL = "retrieval_centred"
+"""The retrieval that the answer, the best layer and the alignment table stand on. Each language's mean vector is taken
+off first: in small models it dominates the plain cosine, which then says more about languages than about sentences."""
+
+REQUIRED_MEASURES = (RETRIEVAL, "cosine_gap", "cka", "ap_count_0.9", "nll_per_token")
 """Without these there is no central picture; every other measure may be left out by the analysis, in all runs alike."""
 
 _SHAPE = (
@@ -92,16 +96,16 @@ class Run:
         return sorted(found, key=_layer)
 
     def best_layer(self, pair: str, step: int) -> int:
-        """The layer that retrieves most translations of a pair at a step; the lower one of equals.
+        """The layer that retrieves most translations of a pair (``RETRIEVAL``) at a step; the lower one of equals.
 
         Raises:
             FormatError: retrieval of this pair was not measured there.
         """
-        rows = self.by_layer("retrieval", pair, step)
+        rows = self.by_layer(RETRIEVAL, pair, step)
         if not rows:
             raise FormatError(
-                f"run {self.name}: {self.folder.analysis / 'results.json'} has no retrieval of {pair} at step {step}; "
-                f"run `xalign analyze {self.folder.path}` again."
+                f"run {self.name}: {self.folder.analysis / 'results.json'} has no {RETRIEVAL} of {pair} at step "
+                f"{step}; run `xalign analyze {self.folder.path}` again."
             )
         return _layer(max(rows, key=lambda row: (row.value, -_layer(row))))
 
@@ -183,7 +187,7 @@ def read_series(folders: Sequence[Path]) -> Series:
     runs.sort(key=lambda run: (run.fraction, run.name))
     _check_comparable(runs)
     context = runs[0].results.context
-    pairs = sorted({subject for measure, _, subject in runs[0].rows if measure == "retrieval"})
+    pairs = sorted({subject for measure, _, subject in runs[0].rows if measure == RETRIEVAL})
     common = set.intersection(*(set(run.results.steps) for run in runs))
     if not common:
         listed = "; ".join(f"{run.name}: {', '.join(map(str, run.results.steps))}" for run in runs)

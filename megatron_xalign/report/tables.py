@@ -11,7 +11,7 @@ from typing import Any, Literal
 from megatron_xalign.config import to_yaml
 from megatron_xalign.formats.results import Row
 from megatron_xalign.report.answer import best_retrieval
-from megatron_xalign.report.series import Run, Series
+from megatron_xalign.report.series import RETRIEVAL, Run, Series
 from megatron_xalign.report.wording import duration, language_name, layer_name, percent, thousands
 
 MISSING = "\u2013"
@@ -40,8 +40,9 @@ def alignment_table(series: Series) -> Table:
     several = len(series.pairs) > 1
     table = Table(
         f"Alignment at step {thousands(series.step)}, each run at its best layer",
-        ["parallel data", *(["languages"] if several else []), "layer", "retrieved", "95\u00a0% interval", "chance",
-         "cosine gap", "CKA", "CKA permuted", "retrieved at emb", "at emb, step 0"],
+        ["parallel data", *(["languages"] if several else []), "layer", "retrieved, centred", "95\u00a0% interval",
+         "chance", "untrained, best layer", "at emb", *(["not centred"] if series.has("retrieval") else []),
+         "cosine gap", "CKA", "CKA permuted"],
     )  # fmt: skip
     for pair in series.pairs:
         for run in series.runs:
@@ -55,11 +56,12 @@ def alignment_table(series: Series) -> Table:
                 Cell(percent(best.value)),
                 Cell(interval),
                 Cell(percent(series.chance)),
+                _share(best_retrieval(run, pair, 0) if run.by_layer(RETRIEVAL, pair, 0) else None),
+                _share(run.at(RETRIEVAL, -1, pair, series.step)),
+                *([_share(run.at("retrieval", layer, pair, series.step))] if series.has("retrieval") else []),
                 _number(run.at("cosine_gap", layer, pair, series.step), 3),
                 _number(run.at("cka", layer, pair, series.step), 3),
                 _number(run.at("cka_permuted", layer, pair, series.step), 3),
-                _share(run.at("retrieval", -1, pair, series.step)),
-                _share(run.at("retrieval", -1, pair, 0)),
             ]
             table.rows.append((run.label, cells))
     return table

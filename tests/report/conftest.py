@@ -71,7 +71,7 @@ def write_run(
     context = {
         "run": config.name, "parallel_fraction": fraction, "languages": list(languages), "num_layers": num_layers,
         "ffn_hidden_size": ffn_hidden_size, "hidden_size": 192, "num_pairs": num_pairs, "pooling": "mean",
-        "probe_sha256": "0" * 64, "probed_languages": list(languages),
+        "probe_sha256": "0" * 64, "probed_languages": list(languages), "lape": {"top_rate": 0.01},
     }  # fmt: skip
     write_results(folder / "analysis", Results(context, rows, arrays))
     return folder
@@ -96,7 +96,9 @@ def _measures(
             depth = (layer + 1) / num_layers
             base = strength * grown * (0.3 + 0.7 * np.sin(np.pi * min(1.0, 0.2 + 0.65 * depth)))
             found = float(np.clip(0.06 + 0.6 * base + 0.01 * random.normal(), 0.04, 0.96))
-            add("retrieval", layer, pair, found, 0.03)
+            # Far from proportional, so that the two measures have different best layers and a mix-up shows.
+            add("retrieval_centred", layer, pair, found, 0.03)
+            add("retrieval", layer, pair, 0.05 + 0.02 * (num_layers - layer) * grown, 0.02)
             add("retrieval_forward", layer, pair, found + 0.01)
             add("retrieval_backward", layer, pair, found - 0.01)
             add("mexa", layer, pair, 0.8 * found, 0.03)

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_xalign.report.answer import answer, explanations
 from megatron_xalign.report.canvas import build_palette
-from megatron_xalign.report.series import Series, read_series
+from megatron_xalign.report.series import RETRIEVAL, Series, read_series
 
 MakeRun = Callable[..., Path]
 
@@ -28,7 +28,7 @@ def series_with(make_run: MakeRun, tmp_path: Path) -> Callable[..., Series]:
                 path = folder / "analysis" / "results.json"
                 content = json.loads(path.read_text())
                 for row in content["rows"]:
-                    if row["measure"] == "retrieval" and row["step"] == 50:
+                    if row["measure"] == RETRIEVAL and row["step"] == 50:
                         row.update(value=value + 0.02 * number, low=low, high=high)
                 path.write_text(json.dumps(content))
                 folders.append(folder)
@@ -40,6 +40,7 @@ def series_with(make_run: MakeRun, tmp_path: Path) -> Callable[..., Series]:
 def test_a_clear_difference_is_said_with_its_numbers(series_with: Callable[..., Series]) -> None:
     sentences = answer(series_with({0.0: (0.10, 0.07, 0.13), 0.3: (0.40, 0.35, 0.45)}))
     assert "is 40.0\u00a0% (35.0 to 45.0\u00a0%) with 30\u00a0% parallel data and 10.0\u00a0%" in sentences[0]
+    assert "translations with languages centred, at the best layer" in sentences[0]
     assert "chance is 0.5\u00a0%" in sentences[0]
     assert sentences[1].startswith("With 30\u00a0% parallel data retrieval is higher than with 0\u00a0%")
     assert "what another training seed would give" in sentences[-1]
@@ -61,6 +62,27 @@ def test_runs_at_chance_are_said_to_be_at_chance(series_with: Callable[..., Seri
     assert "No run is above chance." in text
 
 
+def test_a_run_above_chance_but_within_reach_of_random_weights_is_not_praised(
+    series_with: Callable[..., Series],
+) -> None:
+    series = series_with({0.0: (0.06, 0.03, 0.09), 0.3: (0.40, 0.35, 0.45)})
+    pair = series.pairs[0]
+    for run in series.runs:
+        for row in run.by_layer(RETRIEVAL, pair, 0):
+            assert 0.03 < row.value < 0.35  # or the test would say nothing
+    untrained = [max(run.by_layer(RETRIEVAL, pair, 0), key=lambda row: row.value).value for run in series.runs]
+    text = " ".join(answer(series))
+    low, high = (f"{100 * value:.1f}\u00a0%" for value in (min(untrained), max(untrained)))
+    assert f"random weights already retrieve {low} to {high} at their best layer" in text
+    assert "The run with 0\u00a0% parallel data is not clearly above that." in text
+    assert "above chance" not in text
+
+
+def test_without_step_zero_nothing_is_said_about_random_weights(make_run: MakeRun, tmp_path: Path) -> None:
+    text = " ".join(answer(read_series([make_run(tmp_path / "a", 0.1, steps=(50, 100))])))
+    assert "random weights" not in text and "clearly above" not in text
+
+
 def test_several_runs_of_a_fraction_give_mean_and_range(series_with: Callable[..., Series]) -> None:
     sentences = answer(series_with({0.0: (0.10, 0.07, 0.13), 0.3: (0.40, 0.35, 0.45)}, runs_per_fraction=2))
     assert "41.0\u00a0% (mean of 2 runs, 40.0\u00a0% to 42.0\u00a0%) with 30\u00a0% parallel data" in sentences[0]
@@ -70,7 +92,7 @@ def test_several_runs_of_a_fraction_give_mean_and_range(series_with: Callable[..
 def test_only_measures_that_were_taken_are_explained(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", 0.1, steps=(0, 50), skip_measures=("mexa", "pwcca", "pwcca_permuted"))
     names = [item.name for item in explanations(read_series([run]))]
-    assert "Translations retrieved" in names and "MEXA" not in names and "PWCCA" not in names
+    assert "Translations retrieved, languages centred" in names and "MEXA" not in names and "PWCCA" not in names
 
 
 def test_a_fraction_has_one_colour_and_eight_can_be_told_apart() -> None:

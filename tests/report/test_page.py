@@ -17,6 +17,7 @@ from megatron_xalign.errors import ConfigError, FormatError
 from megatron_xalign.formats.atomic import write_json
 from megatron_xalign.formats.results import read_results
 from megatron_xalign.report.page import write_report
+from megatron_xalign.report.series import RETRIEVAL
 
 MakeRun = Callable[..., Path]
 FIGURES = (
@@ -100,8 +101,8 @@ def test_the_page_fetches_nothing_from_anywhere(page_path: Path, page: Page) -> 
 
 def test_every_figure_is_in_the_page_and_beside_it(page_path: Path, page: Page) -> None:
     assert [a["id"] for tag, a in page.tags if tag == "figure"] == [f"figure-{name}" for name in FIGURES]
-    # three measures x 1 pair; 6; 2 x 2 languages twice; 2; 3 runs x 4 layers; 3; 2 x 2
-    assert sum(tag == "svg" for tag, _ in page.tags) == 3 + 6 + 4 + 4 + 2 + 12 + 3 + 4
+    # three measures x 1 pair; 7; 2 x 2 languages twice; 2; 3 runs x 4 layers; 3; 2 x 2
+    assert sum(tag == "svg" for tag, _ in page.tags) == 3 + 7 + 4 + 4 + 2 + 12 + 3 + 4
     for name in FIGURES:
         assert (page_path.parent / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (page_path.parent / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
@@ -130,16 +131,20 @@ def test_drawings_use_the_colours_of_the_page_so_that_dark_mode_reaches_them(pag
 
 def test_numbers_in_the_table_are_those_of_the_results(page: Page, series_folders: list[Path]) -> None:
     rows = page.tables["Alignment at step 600, each run at its best layer"]
-    assert rows[0][:4] == ["parallel data", "layer", "retrieved", "95\u00a0% interval"]
+    assert rows[0][:4] == ["parallel data", "layer", "retrieved, centred", "95\u00a0% interval"]
     assert [row[0] for row in rows[1:]] == ["0\u00a0%", "5\u00a0%", "30\u00a0%"]
     by_label = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
     for folder, label in zip(series_folders, ("30\u00a0%", "0\u00a0%", "5\u00a0%"), strict=True):
         results = read_results(folder / "analysis")
-        best = max(results.select("retrieval", step=600), key=lambda row: row.value)
+        best = max(results.select(RETRIEVAL, step=600), key=lambda row: row.value)
         assert best.low is not None and best.high is not None
         shown = by_label[label]
         assert shown["layer"] == ("emb" if best.layer == -1 else str(best.layer))
-        assert shown["retrieved"] == f"{100 * best.value:.1f}\u00a0%"
+        assert shown["retrieved, centred"] == f"{100 * best.value:.1f}\u00a0%"
+        (plain,) = results.select("retrieval", layer=best.layer, step=600)
+        assert shown["not centred"] == f"{100 * plain.value:.1f}\u00a0%"
+        untrained = max(row.value for row in results.select(RETRIEVAL, step=0))
+        assert shown["untrained, best layer"] == f"{100 * untrained:.1f}\u00a0%"
         assert shown["95\u00a0% interval"] == f"{100 * best.low:.1f} to {100 * best.high:.1f}\u00a0%"
         assert shown["chance"] == "0.5\u00a0%"
         (cka,) = results.select("cka", layer=best.layer, step=600)
@@ -168,14 +173,18 @@ def test_every_table_tells_rows_and_columns_apart(page: Page) -> None:
 def test_figures_have_words_with_their_key_numbers(page: Page, series_folders: list[Path]) -> None:
     words = [a["aria-label"] or "" for tag, a in page.tags if tag == "div" and a.get("role") == "img"]
     assert len(words) == len(FIGURES)
-    best = max(row.value for row in read_results(series_folders[0] / "analysis").select("retrieval", step=600))
-    assert f"30\u00a0% parallel data {100 * best:.1f}\u00a0% retrieved (chance 0.5\u00a0%)" in words[0]
+    best = max(row.value for row in read_results(series_folders[0] / "analysis").select(RETRIEVAL, step=600))
+    said = f"30\u00a0% parallel data {100 * best:.1f}\u00a0% retrieved, languages centred (chance 0.5\u00a0%)"
+    assert said in words[0]
 
 
 def test_the_csv_of_a_figure_holds_the_rows_of_the_results(page_path: Path, series_folders: list[Path]) -> None:
     with (page_path.parent / "figures" / "alignment_by_layer.csv").open(newline="") as file:
         shown = list(csv.DictReader(file))
-    wanted = {"retrieval", "mexa", "cosine_gap", "cosine_centred_gap", "cka", "cka_permuted", "pwcca", "pwcca_permuted"}
+    wanted = {
+        RETRIEVAL, "retrieval", "mexa", "cosine_gap", "cosine_centred_gap", "cka", "cka_permuted", "pwcca",
+        "pwcca_permuted",
+    }  # fmt: skip
     expected = {
         (f"p{read_results(folder / 'analysis').context['parallel_fraction']:g}", row.measure, row.layer, row.value,
          row.low, row.high)
@@ -189,6 +198,17 @@ def test_the_csv_of_a_figure_holds_the_rows_of_the_results(page_path: Path, seri
         for row in shown
     }  # fmt: skip
     assert read == expected and len(shown) == len(expected)
+
+
+def test_the_caption_says_how_many_neurons_lape_selects(page: Page) -> None:
+    assert "LAPE selects 1\u00a0% of all neurons whatever training does, here 20 of 2,048" in page.text
+
+
+def test_plain_retrieval_may_be_left_out(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 0.05, steps=(0, 50), num_layers=1, skip_measures=("retrieval",))
+    page = Page(write_report([run], tmp_path / "out").read_text(encoding="utf-8"))
+    assert "not centred" not in page.text
+    assert "not centred" not in page.tables["Alignment at step 50, each run at its best layer"][0]
 
 
 def test_commands_configs_and_places_are_told(page: Page) -> None:
@@ -221,7 +241,7 @@ def test_three_languages_make_three_pairs(make_run: MakeRun, tmp_path: Path) -> 
     page = Page(write_report(runs, tmp_path / "out").read_text(encoding="utf-8"))
     shown = page.tables["Alignment at step 50, each run at its best layer"]
     assert [row[1] for row in shown[1::2]] == ["English-Finnish", "English-xx-yy", "Finnish-xx-yy"]
-    assert sum(tag == "svg" for tag, _ in page.tags) == 9 + 18 + 6 + 6 + 3 + 6 + 4 + 6
+    assert sum(tag == "svg" for tag, _ in page.tags) == 9 + 21 + 6 + 6 + 3 + 6 + 4 + 6
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +310,9 @@ def test_a_browser_shows_the_page_without_errors_and_without_scrolling_sideways(
 ) -> None:
     probe = (
         "<script>document.title = [document.documentElement.scrollWidth <= innerWidth,"
-        " [...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().height > 100)].join(' ')</script>"
+        " [...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().height > 100),"
+        " [...document.querySelectorAll('caption span')].every(s => s.getBoundingClientRect().right <= innerWidth)"
+        "].join(' ')</script>"
     )
     # A copy that may run the two lines of measuring; the page itself forbids scripts.
     html = page_path.read_text(encoding="utf-8")
@@ -308,5 +330,5 @@ def test_a_browser_shows_the_page_without_errors_and_without_scrolling_sideways(
         ],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    assert "<title>true true</title>" in done.stdout
+    assert "<title>true true true</title>" in done.stdout
     assert "CONSOLE" not in done.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_xalign.errors import ConfigError, FormatError
-from megatron_xalign.report.series import read_series
+from megatron_xalign.report.series import RETRIEVAL, read_series
 
 MakeRun = Callable[..., Path]
 STEPS = (0, 50, 100)
@@ -48,7 +48,7 @@ def test_the_lower_of_two_equal_layers_is_the_best(make_run: MakeRun, tmp_path: 
     path = run / "analysis" / "results.json"
     content = json.loads(path.read_text())
     for row in content["rows"]:
-        if row["measure"] == "retrieval":
+        if row["measure"] == RETRIEVAL:
             row["value"] = 0.5 if row["layer"] in (1, 2) else 0.1
     path.write_text(json.dumps(content))
     assert read_series([run]).runs[0].best_layer("eng_Latn-fin_Latn", 100) == 1
@@ -110,8 +110,8 @@ def test_runs_that_cannot_be_compared_are_refused(
 
 
 def test_a_measure_the_report_stands_on_must_be_there(make_run: MakeRun, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a", 0.0, steps=STEPS, skip_measures=("retrieval",))
-    with pytest.raises(FormatError, match=r"has no rows of retrieval; run `xalign analyze"):
+    run = make_run(tmp_path / "a", 0.0, steps=STEPS, skip_measures=(RETRIEVAL,))
+    with pytest.raises(FormatError, match=r"has no rows of retrieval_centred; run `xalign analyze"):
         read_series([run])
 
 
