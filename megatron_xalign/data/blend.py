@@ -126,6 +126,18 @@ class Blend:
         position = step * self.plan.global_batch_size + int(self._shuffled[1][slot])
         return int(self._source_of_sample[position]), int(self._draw_of_sample[position])
 
+    def unigram_entropy(self, most_tokens: int = 1 << 26) -> float:
+        """Entropy of the token frequencies of the mixture, in nats per token: what a model that knows only them loses.
+
+        Frequencies are those of each source's text (of its first ``most_tokens``), weighted by the samples it gives.
+        """
+        counts = [np.bincount(source.file.tokens[:most_tokens]).astype(np.float64) for source in self.windows]
+        frequency_V = np.zeros(max(map(len, counts)))
+        for drawn, count in zip(self.drawn, counts, strict=True):
+            frequency_V[: len(count)] += drawn / len(self) * count / count.sum()
+        seen = frequency_V[frequency_V > 0]
+        return float(-(seen * np.log(seen)).sum())
+
     def audit(self) -> dict[str, Any]:
         """Count what the built index holds against what was asked (docs/architecture.md, audit.json)."""
         plan = self.plan

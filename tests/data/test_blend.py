@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -202,6 +203,16 @@ def test_fraction_and_languages_hold_at_every_prefix(
     shares = np.array([audit["asked"]["languages"][code] for code in blend.languages])
     total = np.cumsum(counts_NK.sum(axis=1))[:, None]
     assert np.abs(np.cumsum(counts_NK, axis=0) - shares * total)[at].max() / SEQ_LENGTH <= 2
+
+
+def test_unigram_entropy_is_scipy_s_of_the_weighted_frequencies(tokens: Path) -> None:
+    blend = build_blend(run_of(tokens, 0.3))
+    frequency = np.zeros(1000)
+    for source, drawn in zip(blend.windows, blend.drawn, strict=True):
+        seen = Counter(token for document in source.file for token in document.tolist())
+        for token, count in seen.items():
+            frequency[token] += drawn * count / seen.total()
+    assert blend.unigram_entropy() == pytest.approx(scipy.stats.entropy(frequency), abs=1e-12)
 
 
 def test_in_a_series_every_run_reads_a_prefix_of_the_same_order(tokens: Path) -> None:

@@ -32,12 +32,16 @@ ONE_PROCESS = {
     "one recompute": {"recompute": "full"},
     "one in micro-batches of 8": {"micro_batch_size": 8},
     "one in micro-batches of 1": {"micro_batch_size": 1},
+    "one padded": {"padded_vocab_size": 272},
 }
 TWO_PROCESSES = {
     "tp2": {"parallel": TP2},
     "tp2 sp": {"parallel": TP2 | SP, "probe_lengths": PROBE},
     "tp2 sp recompute": {"parallel": TP2 | SP, "recompute": "full"},
     "tp2 tied": {"parallel": TP2, "model": TIED},
+    "tp2 padded": {"parallel": TP2, "padded_vocab_size": 272},
+    # The second process holds nothing but padding.
+    "tp2 padded by half": {"parallel": TP2, "padded_vocab_size": 512},
     "pp2": {"parallel": PP2},
     "pp2 probed": {"parallel": PP2, "probe_lengths": PROBE},
     "pp2 tied": {"parallel": PP2, "model": TIED},
@@ -85,6 +89,7 @@ def test_the_reference_run_learns(runs: dict[str, list[dict[str, Any]]]) -> None
     "name",
     [
         "one recompute", "one in micro-batches of 8", "one in micro-batches of 1", "tp2", "tp2 sp", "tp2 sp recompute",
+        "one padded", "tp2 padded", "tp2 padded by half",
         "pp2", "pp2 probed", "dp2", "dp2 sharded", "tp2 pp2", "tp2 dp2 sharded", "pp2 dp2",
     ],
 )

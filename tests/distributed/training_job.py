@@ -85,6 +85,7 @@ def _train(
     recompute: str = "none",
     probe_lengths: list[int] | None = None,
     save_weights: bool = False,
+    padded_vocab_size: int = VOCAB,
 ) -> dict[str, Any]:
     from megatron_xalign.training.forward import build_forward_only
     from megatron_xalign.training.loop import fit
@@ -101,8 +102,9 @@ def _train(
     )
     with topology.start(layout, seed=1) as ranks:
         chunks = build_model(
-            from_tree(ModelConfig, MODEL | (model or {})), padded_vocab_size=VOCAB, seq_length=LENGTH, parallel=layout,
-            params_dtype=training.params_dtype, recompute=training.recompute, ranks=ranks, seed=7,
+            from_tree(ModelConfig, MODEL | (model or {})), padded_vocab_size=padded_vocab_size, seq_length=LENGTH,
+            parallel=layout, params_dtype=training.params_dtype, recompute=training.recompute, ranks=ranks, seed=7,
+            vocab_size=VOCAB,
         )
         if save_weights:
             weights = {n: p.detach().float().numpy().copy() for n, p in chunks[0].module.named_parameters()}
