@@ -175,7 +175,8 @@ class MixtureConfig:
     fraction_of: Literal["content", "all"] = "content"
     """Which tokens the share counts: ``content`` leaves out end-of-document and template tokens, ``all`` counts all."""
     languages: dict[str, float] = field(default_factory=dict)
-    """Share of the content tokens per language, parallel tokens included; empty means equal shares."""
+    """Share of the content tokens per language, parallel tokens included; empty means equal shares of the languages
+    with monolingual text."""
     budget_rule: Literal["replace", "add"] = "replace"
     """``replace``: parallel tokens take the place of monolingual ones; ``add``: the monolingual budget stays."""
     seed: int = 1234
