@@ -65,11 +65,11 @@ def _supported(series: Series, pair: str) -> list[str]:
         sentences.append(about + _compared(most, least))
     blind = [run.label for run, row in rows if (row.low if row.low is not None else row.value) <= series.chance]
     if blind:
-        which = "No run is" if len(blind) == len(rows) else f"The run with {listing(blind)} parallel data is not"
-        sentences.append(f"{about}{which} above chance.")
+        sentences.append(f"{about}{_are_not(blind, len(rows))} above chance.")
     shallow = [run.label for run, _ in rows if run.best_layer(pair, series.step) == -1]
     if shallow:
-        which = "every run" if len(shallow) == len(rows) else f"the run with {listing(shallow)} parallel data"
+        some = f"the {_runs(shallow)} with {listing(shallow)} parallel data"
+        which = "every run" if len(shallow) == len(rows) else some
         sentences.append(
             f"{about}The best layer of {which} is the embedding output, so there no layer of the network finds more "
             "translations than single tokens do."
@@ -88,10 +88,19 @@ def _supported(series: Series, pair: str) -> list[str]:
             if run.label not in blind and (row.low if row.low is not None else row.value) <= max(untrained)
         ]
         if reached:
-            few = f"The run with {listing(reached)} parallel data is not"
-            sentence += f" {'No run is' if len(reached) == len(rows) else few} clearly above that."
+            sentence += f" {_are_not(reached, len(rows))} clearly above that."
         sentences.append(sentence)
     return sentences
+
+
+def _are_not(labels: list[str], num_runs: int) -> str:
+    if len(labels) == num_runs:
+        return "No run is"
+    return f"The {_runs(labels)} with {listing(labels)} parallel data {'is' if len(labels) == 1 else 'are'} not"
+
+
+def _runs(labels: list[str]) -> str:
+    return "run" if len(labels) == 1 else "runs"
 
 
 def _range(values: list[float]) -> str:

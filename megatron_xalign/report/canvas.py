@@ -241,9 +241,21 @@ def _inline(svg: str, prefix: str, palette: Palette) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     # Inside tags only: what a run is called must come out as it is.
     svg = re.sub(r"<[^>]*>", lambda tag: _inline_tag(tag.group(), prefix, palette), svg)
+    svg = re.sub(r">\s+<", "><", svg)
+    svg = re.sub(r"(<g[^>]*)>((?:<use[^>]*/>){2,})</g>", _hoist_style, svg)
     opening, rest = svg.split(">", 1)
     opening = re.sub(r'\s(?:width|height|version|xmlns(?::\w+)?)="[^"]*"', "", opening)
     return f'{opening} aria-hidden="true" focusable="false">{rest}'.strip()
+
+
+def _hoist_style(group: re.Match[str]) -> str:
+    """Say once, on the group, what hundreds of its points would each say again."""
+    opening, uses = group.groups()
+    styles = set(re.findall(r' style="[^"]*"', uses))
+    if len(styles) != 1 or " style=" in opening:
+        return group.group()
+    (style,) = styles
+    return f"{opening}{style}>{uses.replace(style, '')}</g>"
 
 
 def _inline_tag(tag: str, prefix: str, palette: Palette) -> str:

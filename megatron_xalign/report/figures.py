@@ -129,7 +129,8 @@ def alignment_by_layer(series: Series, palette: Palette) -> Picture:
             dashed = [(run, run.by_layer(baseline, pair, series.step)) for run in series.runs] if baseline else []
             scale = 100.0 if "%" in unit else 1.0
             chance = by_chance.get(measure)
-            floor = None if measure.endswith("gap") else 0.0
+            # What PWCCA adds to chance is small beside its distance from 0.
+            floor = None if measure.endswith("gap") or measure == "pwcca" else 0.0
             panels.append(Panel(title + about, layer_panel(
                 series, palette, lines, unit, scale=scale, chance=chance, dashed=dashed, floor=floor)))  # fmt: skip
             drawn += lines + dashed
@@ -364,7 +365,8 @@ def probe_loss(series: Series, palette: Palette) -> Picture:
         records=_records(drawn),
         alt="Loss on held-out sentences, last value. " + "; ".join(summary) + ".",
         caption="The sentences of the probe, which no run is trained on. Tokens differ in length between languages, "
-        "bytes do not depend on the tokenizer.",
+        "bytes do not depend on the tokenizer. Where the probe was held out from the parallel text, runs with more of "
+        "that text have also read more of the probe's kind.",
     )
 
 

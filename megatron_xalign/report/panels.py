@@ -5,6 +5,7 @@ Each function returns a ``draw(axes)`` for a ``canvas.Panel``, which is called o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -148,7 +149,7 @@ def _draw_lines(
         axes.plot(x, y, color=palette.fraction(run.fraction), linestyle="--", linewidth=1.1)
     if chance is not None:
         axes.axhline(scale * chance, color=INK, linestyle="--", linewidth=1.1)
-    for run, rows in lines:
+    for number, (run, rows) in enumerate(lines):
         color = palette.fraction(run.fraction)
         bands = [(place(row), row.low, row.high) for row in rows if row.low is not None and row.high is not None]
         if bands:
@@ -156,7 +157,18 @@ def _draw_lines(
             low, high = [scale * low for _, low, _ in bands], [scale * high for _, _, high in bands]
             axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
         x, y = [place(row) for row in rows], [scale * row.value for row in rows]
-        axes.plot(x, y, color=color, linestyle=_dash(series, run), marker="o" if len(rows) <= 16 else "")
+        # Counts are often the same: a line is drawn wider where later ones would hide it.
+        extra = 1.6 * sum(_share_a_stretch(rows, later, place) for _, later in lines[number + 1 :])
+        axes.plot(
+            x, y, color=color, linestyle=_dash(series, run), linewidth=2.0 + extra,
+            marker="o" if len(rows) <= 16 else "", markersize=4.0 + extra,
+        )  # fmt: skip
+
+
+def _share_a_stretch(one: list[Row], other: list[Row], place: Callable[[Row], float]) -> bool:
+    """Whether two lines coincide from one point to the next."""
+    same = [(place(a), a.value) == (place(b), b.value) for a, b in zip(one, other, strict=False)]
+    return any(here and there for here, there in itertools.pairwise(same))
 
 
 def _tokens(row: Row) -> float:

@@ -276,7 +276,8 @@ def _plain(value: Any) -> str:
 
 
 def _number(row: Row | None, digits: int) -> Cell:
-    return Cell(MISSING if row is None else thousands(row.value, digits).replace("-", "\u2212"))
+    # Adding zero to what was rounded leaves no minus in front of nothing.
+    return Cell(MISSING if row is None else thousands(round(row.value, digits) + 0.0, digits).replace("-", "\u2212"))
 
 
 def _share(row: Row | None) -> Cell:

@@ -83,6 +83,12 @@ def test_without_step_zero_nothing_is_said_about_random_weights(make_run: MakeRu
     assert "random weights" not in text and "clearly above" not in text
 
 
+def test_several_runs_at_chance_are_named_together(series_with: Callable[..., Series]) -> None:
+    low = (0.006, 0.0, 0.01)
+    text = " ".join(answer(series_with({0.0: low, 0.1: low, 0.3: (0.40, 0.35, 0.45)})))
+    assert "The runs with 0\u00a0% and 10\u00a0% parallel data are not above chance." in text
+
+
 def test_several_runs_of_a_fraction_give_mean_and_range(series_with: Callable[..., Series]) -> None:
     sentences = answer(series_with({0.0: (0.10, 0.07, 0.13), 0.3: (0.40, 0.35, 0.45)}, runs_per_fraction=2))
     assert "41.0\u00a0% (mean of 2 runs, 40.0\u00a0% to 42.0\u00a0%) with 30\u00a0% parallel data" in sentences[0]

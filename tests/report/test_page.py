@@ -17,7 +17,8 @@ from megatron_xalign.errors import ConfigError, FormatError
 from megatron_xalign.formats.atomic import write_json
 from megatron_xalign.formats.results import read_results
 from megatron_xalign.report.page import write_report
-from megatron_xalign.report.series import RETRIEVAL
+from megatron_xalign.report.series import RETRIEVAL, read_series
+from megatron_xalign.report.tables import alignment_table
 
 MakeRun = Callable[..., Path]
 FIGURES = (
@@ -198,6 +199,26 @@ def test_the_csv_of_a_figure_holds_the_rows_of_the_results(page_path: Path, seri
         for row in shown
     }  # fmt: skip
     assert read == expected and len(shown) == len(expected)
+
+
+def test_points_of_a_projection_say_their_style_once(page_path: Path) -> None:
+    html = page_path.read_text(encoding="utf-8")
+    drawn = html[html.index('id="figure-projections"') : html.index('id="loss"')]
+    points = re.findall(r'<use href="#projections-\d+-\w+" x="[\d.]+" y="[\d.]+"/>', drawn)
+    assert len(points) == 3 * 4 * 2 * 150
+    assert len(re.findall(r'<g[^>]*style="fill: var\(--l[01]\); fill-opacity: 0.6"><use', drawn)) == 3 * 4 * 2
+
+
+def test_what_rounds_to_nothing_has_no_minus(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 0.05, steps=(0, 50), num_layers=1)
+    path = run / "analysis" / "results.json"
+    content = json.loads(path.read_text())
+    for row in content["rows"]:
+        if row["measure"] == "cka_permuted":
+            row["value"] = -0.0001
+    path.write_text(json.dumps(content))
+    table = alignment_table(read_series([run]))
+    assert table.rows[0][1][table.columns.index("CKA permuted") - 1].text == "0.000"
 
 
 def test_the_caption_says_how_many_neurons_lape_selects(page: Page) -> None:
