@@ -177,8 +177,11 @@ def train(config: RunConfig) -> Path:
                 "world_size": ranks.world_size, "tensor_size": ranks.tensor_size,
                 "pipeline_size": ranks.pipeline_size, "data_size": ranks.data_size,
             }
-            sizes = {"padded_vocab_size": vocab_size, "train_steps": blend.train_steps}
-            start_run(config, command_line(), layout, sizes)
+            facts = {
+                "padded_vocab_size": vocab_size, "train_steps": blend.train_steps,
+                "unigram_entropy": blend.unigram_entropy(),
+            }
+            start_run(config, command_line(), layout, facts)
             write_json(run.audit_path, blend.audit())
         ranks.barrier()
         model_chunks = build_model(
