@@ -301,11 +301,15 @@ def _quoted(path: Path) -> str:
 
 
 def _summary(plan: QuickstartPlan, page: Path, stages: _Stages) -> str:
-    lines = ["", f"{'run':8s} {'training loss':>14s} {'retrieval':>10s}  (best layer, last step)"]
+    lines = ["", f"{'run':8s}{'loss':>8s}{'of unigrams':>13s}{'retrieval':>11s}"]
     for fraction in plan.fractions:
         outcome = workflows.outcome(plan.run_folder(fraction).path)
-        lines.append(f"{run_name(fraction):8s} {outcome['loss']:14.3f} {outcome['retrieval']:10.1%}")
+        lines.append(
+            f"{run_name(fraction):8s}{outcome['loss']:8.3f}{outcome['unigram_entropy']:13.3f}{outcome['retrieval']:11.1%}"
+        )
     lines += [
+        "loss: training text, nats per token, last logged steps; of unigrams: if only token frequencies were known;",
+        f"retrieval: held-out translations found, languages centred, at the best layer; chance {outcome['chance']:.1%}",
         "",
         f"report       {page}",
         *(f"checkpoints  {plan.run_folder(fraction).checkpoints}" for fraction in plan.fractions),

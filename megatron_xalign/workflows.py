@@ -295,7 +295,7 @@ def analyze(run: Path) -> Any:
 
 
 def outcome(run: Path) -> dict[str, float]:
-    """Where a run ended: mean training loss of the last logged steps, and retrieval at its best layer.
+    """Where a run ended: training loss beside the unigram entropy, retrieval at its best layer beside chance.
 
     Retrieval is the report's: languages centred, on the last step that was analysed.
     """
@@ -306,6 +306,8 @@ def outcome(run: Path) -> dict[str, float]:
     last = max(row.step for row in results.rows)
     return {
         "loss": list(RunFolder(run).metrics())[-1]["loss"],
+        "unigram_entropy": RunFolder(run).facts()["unigram_entropy"],
+        "chance": results.context["chance"]["retrieval"],
         "retrieval": max(row.value for row in results.select(measure=RETRIEVAL, step=last)),
     }
 

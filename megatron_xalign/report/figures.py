@@ -307,6 +307,14 @@ def training_loss(series: Series, palette: Palette) -> Picture:
     """Loss on the training text, in all and by language."""
     panels: list[Panel] = []
     records: list[tuple[Any, ...]] = []
+    entropies = [run.facts["unigram_entropy"] for run in series.runs if "unigram_entropy" in run.facts]
+    legend, caption = _run_marks(series, palette), "Mean over each logging interval, weighted by tokens."
+    if entropies:
+        legend.append(Mark("unigram entropy of the text", INK, "dashed"))
+        caption += (
+            f" A model that knew only how frequent each token is would lose {min(entropies):.2f} to "
+            f"{max(entropies):.2f} nats (dashed: the lowest of the runs' mixtures)."
+        )
     for subject in ("", *series.languages):
         curves = []
         for run in series.runs:
@@ -319,19 +327,20 @@ def training_loss(series: Series, palette: Palette) -> Picture:
             records += [(run.name, run.fraction, step, tokens, subject, value) for step, tokens, value in points]
         if any(points for _, points in curves):
             title = f"Training text · {language_name(subject)}" if subject else "Training text"
-            panels.append(Panel(title, loss_panel(series, palette, curves)))
+            level = min(entropies) if entropies and not subject else None
+            panels.append(Panel(title, loss_panel(series, palette, curves, level)))
     return Picture(
         name="training_loss",
         title="Training loss",
         panels=panels,
         num_columns=min(3, len(panels)),
-        legend=_run_marks(series, palette),
+        legend=legend,
         header=("run", "parallel_fraction", "step", "consumed_tokens", "language", "loss"),
         records=records,
         alt="Training loss, last logged value. "
         + "; ".join(f"{run.label} parallel data: {run.metrics[-1]['loss']:.3f} nats per token" for run in series.runs)
         + ".",
-        caption="Mean over each logging interval, weighted by tokens.",
+        caption=caption,
     )
 
 

@@ -120,7 +120,7 @@ def projection_panel(
 
 
 def loss_panel(
-    series: Series, palette: Palette, curves: Sequence[tuple[Run, list[tuple[int, int, float]]]]
+    series: Series, palette: Palette, curves: Sequence[tuple[Run, list[tuple[int, int, float]]]], level: float | None
 ) -> Draw:
     def draw(axes: Axes) -> None:
         for run, points in curves:
@@ -128,6 +128,8 @@ def loss_panel(
                 [tokens for _, tokens, _ in points], [value for _, _, value in points],
                 color=palette.fraction(run.fraction), linestyle=_dash(series, run), linewidth=1.6,
             )  # fmt: skip
+        if level is not None:
+            axes.axhline(level, color=INK, linestyle="--", linewidth=1.0)
         _token_axis(axes, series)
         _value_axis(axes, "nats per token", None)
 
