@@ -113,7 +113,7 @@ class QuickstartPlan:
             seed=self.seed,
             model=MODEL,
             parallel=self.layout(fraction),
-            optimizer=OptimizerConfig(lr=5e-3, min_lr=5e-4, lr_warmup_steps=max(1, self.steps // 10)),
+            optimizer=OptimizerConfig(lr=5e-3, min_lr=5e-4, lr_warmup_steps=self.steps // 10),
             data=DataConfig(
                 tokenizer=str(self.tokenizer_folder),
                 sources=(
