@@ -29,7 +29,7 @@ from megatron_xalign.config import (
 )
 from megatron_xalign.errors import ConfigError
 from megatron_xalign.formats.atomic import read_json, write_json, write_text
-from megatron_xalign.formats.run_folder import RunFolder
+from megatron_xalign.formats.run_folder import RunFolder, check_same_run
 
 log = logging.getLogger(__name__)
 
@@ -219,9 +219,12 @@ def run_quickstart(plan: QuickstartPlan) -> str:
             pair=languages, seed=CORPUS_SEED,
         )
     for fraction in plan.fractions:
+        # Both are proved before minutes are spent on training, and before a config of another run is overwritten.
+        if plan.run_folder(fraction).config_path.is_file():
+            check_same_run(plan.run_folder(fraction), plan.config(fraction, languages))
+        workflows.audit_blend(plan.config(fraction, languages))
+    for fraction in plan.fractions:
         config = plan.config(fraction, languages)
-        # The mixture is proved before hours, or here minutes, are spent on training.
-        workflows.audit_blend(config)
         write_text(plan.config_path(fraction), _header(plan, fraction) + to_yaml(config))
     for fraction in plan.fractions:
         run, name = plan.run_folder(fraction), run_name(fraction)

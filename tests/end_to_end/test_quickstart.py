@@ -127,9 +127,11 @@ def test_the_same_command_again_does_nothing_twice(finished: Path, xalign: Xalig
 
 
 def test_another_seed_in_the_same_folder_is_refused_by_name(finished: Path, xalign: Xalign) -> None:
+    before = {path: path.read_bytes() for path in (finished / "out").rglob("*.yaml")}
     done = xalign(*arguments(finished), "--seed", "5", check=False, timeout=300)
     assert done.returncode == 1
     assert "seed: 1234 -> 5" in done.stderr
+    assert {path: path.read_bytes() for path in (finished / "out").rglob("*.yaml")} == before
 
 
 def test_a_run_interrupted_and_then_killed_ends_with_the_numbers_of_an_undisturbed_one(
