@@ -122,7 +122,9 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
     except XAlignError as error:
         launch.report_failure(error)
         # In a job of many processes the launcher names the first cause once; every rank saying it would bury it.
-        if not launch.in_worker():
+        # A wrong setting is wrong on every rank, so under torchrun the first one says it.
+        first = os.environ.get("RANK", "0") == "0"
+        if not launch.in_worker() and (first or not isinstance(error, ConfigError)):
             print(f"xalign: error: {error}", file=sys.stderr)
         return 1
     except Exception as error:
