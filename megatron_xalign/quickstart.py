@@ -34,7 +34,7 @@ from megatron_xalign.formats.run_folder import RunFolder, check_same_run
 log = logging.getLogger(__name__)
 
 # Chosen by trial on two cores (docs/quickstart.md): what shows alignment within a quarter of an hour.
-STEPS = 640
+STEPS = 800
 # Word-sized entries: with half as many, translations were found half as often after the same text.
 VOCAB_SIZE = 8192
 SEQ_LENGTH = 96
