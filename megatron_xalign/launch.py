@@ -24,6 +24,7 @@ from megatron_xalign.formats.atomic import write_json
 
 _ERROR_FOLDER = "XALIGN_ERROR_FOLDER"
 _PR_SET_PDEATHSIG = 1
+_GRACE_SECONDS = 1.0
 
 
 def run_workers(arguments: list[str], processes: int, master_port: int | None = None) -> None:
@@ -87,12 +88,15 @@ def report_failure(error: BaseException) -> None:
     """Called in a failing worker: leave the reason where ``run_workers`` finds it; nothing outside a worker."""
     folder = os.environ.get(_ERROR_FOLDER)
     if folder and "RANK" in os.environ:
-        text = str(error) if isinstance(error, XAlignError) else "".join(traceback.format_exception(error))
-        expected = isinstance(error, XAlignError)
+        expected, follows = isinstance(error, XAlignError), isinstance(error, WorkerError)
+        text = str(error) if expected else "".join(traceback.format_exception(error))
         write_json(
             Path(folder) / f"rank-{os.environ['RANK']}.json",
-            {"time": time.time(), "text": text, "expected": expected},
+            {"time": time.time(), "text": text, "expected": expected, "follows": follows},
         )
+        if follows or not expected:
+            # A peer that was killed may be noticed here before the agent has seen it end; let it be seen first.
+            time.sleep(_GRACE_SECONDS)
 
 
 def in_worker() -> bool:
@@ -113,8 +117,8 @@ def _first_cause(error: object, folder: Path) -> str:
     for path in folder.glob("rank-*.json"):
         reports.append((json.loads(path.read_text(encoding="utf-8")), path.stem.removeprefix("rank-")))
     if reports:
-        # A setting that is wrong is wrong on every rank, and a broken connection is never the first cause.
-        report, rank = min(reports, key=lambda item: (not item[0]["expected"], item[0]["time"]))
+        # Losing a peer follows from what happened to the peer.
+        report, rank = min(reports, key=lambda item: (item[0]["follows"], item[0]["time"]))
         return str(report["text"]) if report["expected"] else f"worker {rank} failed:\n{report['text']}"
     rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
     return f"worker {rank} ended with exit code {failure.exitcode} and left no message."

@@ -87,6 +87,19 @@ def test_a_clear_error_of_one_worker_is_the_message_of_the_job(tmp_path: Path) -
 
 
 @pytest.mark.distributed
+def test_a_bug_in_one_worker_is_the_cause_and_not_that_the_others_lost_it(tmp_path: Path) -> None:
+    worker = """
+    if rank == 1:
+        raise RuntimeError("the bug")
+    time.sleep(0.2)
+    raise WorkerError("process 0 lost another process")
+    """
+    said, _ = run_job(tmp_path, worker)
+    assert "the bug" in said
+    assert "lost another process" not in said
+
+
+@pytest.mark.distributed
 def test_an_unexpected_error_comes_with_its_traceback(tmp_path: Path) -> None:
     said, _ = run_job(tmp_path, "assert rank != 1, 'rank one is odd'\ntime.sleep(600)")
     assert "worker 1 failed" in said

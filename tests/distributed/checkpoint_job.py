@@ -189,6 +189,7 @@ def hopeless(folder: str, good: str) -> dict[str, str]:
         attempt("full disk later", lambda: run.save(1))
         module.describe_file = describe
         said["left"] = ", ".join(sorted(path.name for path in Path(folder).iterdir()))
+        ranks.barrier()  # before the first process puts new folders there
 
         def copy(name: str) -> Path:
             path = Path(folder) / name
