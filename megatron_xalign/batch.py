@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -32,6 +32,11 @@ class Batch:
     """int8 [B, S]: language of each label."""
     source_ids: torch.Tensor
     """int16 [B, S]: source of each token, an index into ``data.sources``; -1 for padding and probes."""
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Batch:
+        """Take arrays [B, S] by name, without copying them where torch allows it."""
+        return cls(**{item.name: torch.from_numpy(arrays[item.name]) for item in fields(cls)})
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""

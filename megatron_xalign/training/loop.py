@@ -166,13 +166,21 @@ def fit(
 
 
 def sample_numbers(step: int, microbatch: int, config: TrainingConfig, ranks: Ranks) -> list[int]:
-    """Which samples of the run this rank reads in a micro-batch of a step, in Megatron's order.
+    """Which samples of the run this rank reads in a micro-batch of a step.
 
-    Data-parallel ranks take turns of one micro-batch each.
+    A data-parallel rank has a contiguous part of the global batch. The blend spreads every source evenly over the
+    batch, so each part has the mixture of the whole, on any number of ranks.
     """
-    turn = microbatch * ranks.data_size + ranks.data_rank
-    first = step * config.global_batch_size + turn * config.micro_batch_size
+    part = config.global_batch_size // ranks.data_size
+    first = step * config.global_batch_size + ranks.data_rank * part + microbatch * config.micro_batch_size
     return list(range(first, first + config.micro_batch_size))
+
+
+def micro_batches(start_step: int, config: TrainingConfig, ranks: Ranks) -> Iterator[list[int]]:
+    """The sample numbers of every micro-batch of this rank, from ``start_step`` to the end of the run."""
+    for step in range(start_step, config.train_steps):
+        for microbatch in range(_num_microbatches(config, ranks)):
+            yield sample_numbers(step, microbatch, config, ranks)
 
 
 def _num_microbatches(config: TrainingConfig, ranks: Ranks) -> int:
