@@ -243,6 +243,11 @@ class TrainingConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 0
     """Newest checkpoints to keep; 0 keeps all."""
+    eval_interval_steps: int = 0
+    """Steps between measurements of the loss on the validation documents of ``data.split``; step 0 and the last step
+    are always measured. 0: never."""
+    eval_samples_per_source: int = 64
+    """Validation samples of each source; the same ones every time."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -250,6 +255,13 @@ class TrainingConfig:
         ):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
         _require(self.keep_checkpoints >= 0, f"keep_checkpoints={self.keep_checkpoints} is negative; 0 keeps all.")
+        _require(
+            self.eval_interval_steps >= 0, f"eval_interval_steps={self.eval_interval_steps} is negative; 0 is never."
+        )
+        _require(
+            self.eval_samples_per_source > 0,
+            f"eval_samples_per_source={self.eval_samples_per_source} must be positive.",
+        )
         _require(
             self.global_batch_size % self.micro_batch_size == 0,
             f"global_batch_size={self.global_batch_size} is not divisible by "
