@@ -128,8 +128,12 @@ class OptimizerConfig:
     """Peak learning rate."""
     min_lr: float = 2e-4
     """Learning rate at the end of the decay."""
-    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after warm-up."""
+    lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root", "WSD"] = "cosine"
+    """Shape of the decay after warm-up; ``WSD`` stays at ``lr`` and decays in the last ``lr_wsd_decay_steps``."""
+    lr_wsd_decay_steps: int = 0
+    """Steps of the decay at the end of a ``WSD`` schedule."""
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
+    """Shape of that decay."""
     lr_warmup_steps: int = 20
     """Steps of linear warm-up from zero."""
     weight_decay: float = 0.1
@@ -147,6 +151,11 @@ class OptimizerConfig:
         _require(self.lr > 0, f"lr={self.lr} must be positive.")
         _require(0 <= self.min_lr <= self.lr, f"min_lr={self.min_lr} is outside [0, lr={self.lr}].")
         _require(self.lr_warmup_steps >= 0, f"lr_warmup_steps={self.lr_warmup_steps} is negative.")
+        _require(
+            (self.lr_wsd_decay_steps > 0) == (self.lr_decay_style == "WSD"),
+            f"lr_wsd_decay_steps={self.lr_wsd_decay_steps} with lr_decay_style={self.lr_decay_style}; WSD needs a "
+            "positive number of steps, about a tenth of the run, and other styles none.",
+        )
         _require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} is negative.")
         _require(self.clip_grad >= 0, f"clip_grad={self.clip_grad} is negative; 0 turns clipping off.")
         for name in ("adam_beta1", "adam_beta2"):

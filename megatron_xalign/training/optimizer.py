@@ -93,6 +93,12 @@ def build_optimizer(
             f"optimizer.lr_warmup_steps={config.lr_warmup_steps} leaves nothing of training.train_steps={train_steps}; "
             f"use at most {train_steps - 1} steps of warm-up, or a longer run."
         )
+    if config.lr_warmup_steps + config.lr_wsd_decay_steps > train_steps:
+        raise ConfigError(
+            f"optimizer.lr_wsd_decay_steps={config.lr_wsd_decay_steps} and optimizer.lr_warmup_steps="
+            f"{config.lr_warmup_steps} are more than training.train_steps={train_steps}; use at most "
+            f"{train_steps - config.lr_warmup_steps} steps of decay."
+        )
     settings = {
         "optimizer": "adam",
         "lr": config.lr,
@@ -122,5 +128,7 @@ def build_optimizer(
         end_wd=config.weight_decay,
         wd_incr_steps=train_steps,
         wd_incr_style="constant",
+        wsd_decay_steps=config.lr_wsd_decay_steps or None,
+        lr_wsd_decay_style=config.lr_wsd_decay_style,
     )
     return Optimizer(megatron=megatron, scheduler=scheduler, clip_grad=config.clip_grad)

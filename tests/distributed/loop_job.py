@@ -67,7 +67,17 @@ def examine(folder: str) -> dict[str, Any]:
                 style: _learning_rates(
                     _changed(OPTIMIZER, lr=1.0, min_lr=0.1, lr_warmup_steps=4, lr_decay_style=style), ranks
                 )
-                for style in ("cosine", "linear", "constant")
+                for style in ("cosine", "linear", "constant", "inverse-square-root")
+            }
+            | {
+                f"WSD {shape}": _learning_rates(
+                    _changed(
+                        OPTIMIZER, lr=1.0, min_lr=0.1, lr_warmup_steps=4, lr_decay_style="WSD", lr_wsd_decay_steps=4,
+                        lr_wsd_decay_style=shape,
+                    ),
+                    ranks,
+                )
+                for shape in ("linear", "cosine", "exponential", "minus_sqrt")
             },
             "decay": _weight_decay(ranks),
         }

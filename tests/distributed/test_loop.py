@@ -98,6 +98,23 @@ def test_a_warm_up_as_long_as_the_run_is_refused(runs: dict[str, Any]) -> None:
         assert part in said
 
 
+@pytest.mark.parametrize("shape", ["linear", "cosine", "exponential", "minus_sqrt"])
+def test_wsd_stays_at_its_peak_and_decays_in_the_last_steps(runs: dict[str, Any], shape: str) -> None:
+    left = {
+        "linear": lambda done: 1.0 - done,
+        "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+        "exponential": lambda done: 2 * 0.5**done - 1,
+        "minus_sqrt": lambda done: 1 - math.sqrt(done),
+    }[shape]
+    expected = [step / 4 for step in range(4)] + [1.0] * 4 + [0.1 + 0.9 * left(step / 4) for step in range(5)]
+    assert runs["lr"][f"WSD {shape}"] == pytest.approx(expected)
+
+
+def test_inverse_square_root_falls_with_the_number_of_steps(runs: dict[str, Any]) -> None:
+    expected = [step / 4 for step in range(4)] + [math.sqrt(4 / step) for step in range(4, 13)]
+    assert runs["lr"]["inverse-square-root"] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("style", ["cosine", "linear", "constant"])
 def test_the_learning_rate_warms_up_and_decays_as_written(runs: dict[str, Any], style: str) -> None:
     decay = {
