@@ -31,7 +31,7 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer: rotary positions, SwiGLU, no biases (Megatron's ``GPTModel``)."""
+    """A decoder-only transformer: rotary positions, SwiGLU (Megatron's ``GPTModel``)."""
 
     num_layers: int = 4
     """Transformer layers."""
@@ -43,12 +43,20 @@ class ModelConfig:
     """Query heads."""
     num_query_groups: int | None = None
     """Key/value heads (grouped-query attention); default: as many as query heads."""
+    kv_channels: int | None = None
+    """Width of one attention head; default: ``hidden_size`` over ``num_attention_heads``."""
+    qk_layernorm: bool = False
+    """Normalise every query and key head before the rotary positions (Qwen3)."""
+    add_qkv_bias: bool = False
+    """Biases of query, key and value projections (Qwen2); nothing else has a bias."""
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     """``RMSNorm`` with a weight (Llama) or ``LayerNorm`` without weight and bias (OLMo, the study's model)."""
     layernorm_epsilon: float = 1e-5
     """Added to the variance inside the norm."""
     rotary_base: int = 10_000
     """Base of the rotary position frequencies."""
+    rope_scaling_factor: float | None = None
+    """Stretch low rotary frequencies by this, for contexts beyond 8,192 tokens (Llama 3.1); none if left out."""
     untie_embeddings_and_output_weights: bool = True
     """Whether input embedding and output projection are two matrices."""
     init_method_std: float = 0.02
@@ -60,13 +68,22 @@ class ModelConfig:
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "rotary_base"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
         _require(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}.",
+            self.kv_channels is not None or self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}; "
+            "change one of them or set kv_channels.",
         )
         _require(
-            (self.hidden_size // self.num_attention_heads) % 2 == 0,
-            f"hidden_size={self.hidden_size} over num_attention_heads={self.num_attention_heads} gives heads of an "
-            "odd width; rotary positions need an even one.",
+            self.head_size > 0 and self.head_size % 2 == 0,
+            f"hidden_size={self.hidden_size}, num_attention_heads={self.num_attention_heads} and kv_channels="
+            f"{self.kv_channels} give heads {self.head_size} wide; rotary positions need an even, positive width.",
+        )
+        _require(
+            not (self.normalization == "LayerNorm" and (self.qk_layernorm or self.add_qkv_bias)),
+            "normalization=LayerNorm (OLMo) goes without qk_layernorm and add_qkv_bias; no known model has both.",
+        )
+        _require(
+            self.rope_scaling_factor is None or self.rope_scaling_factor >= 1.0,
+            f"rope_scaling_factor={self.rope_scaling_factor} is below 1.",
         )
         _require(
             self.num_query_groups is None
@@ -88,7 +105,7 @@ class ModelConfig:
     @property
     def head_size(self) -> int:
         """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.hidden_size // self.num_attention_heads if self.kv_channels is None else self.kv_channels
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ range of the second axis, in every block. So one entry serves both directions: r
     qkv       one block for each key/value group: its query heads, its key head, its value head
 """
 
-# H hidden size, F ffn width, V vocabulary, L layers
+# H hidden size, F ffn width, V vocabulary, L layers, D head width, Q width of all query heads
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Weight:
     shape: tuple[str, ...]
     """Axes of the Megatron tensor, to be filled in by ``sizes``."""
     per_layer: bool = True
-    when: Literal["always", "weighted_norm", "untied"] = "always"
+    when: Literal["always", "weighted_norm", "untied", "qk_norm", "qkv_bias"] = "always"
     """Which models have it."""
 
 
@@ -62,8 +62,25 @@ WEIGHTS: tuple[Weight, ...] = (
         "qkv", ("QKV", "H"),
     ),
     Weight(
+        ("decoder.layers.self_attention.linear_qkv.bias",),
+        (
+            "model.layers.{layer}.self_attn.q_proj.bias",
+            "model.layers.{layer}.self_attn.k_proj.bias",
+            "model.layers.{layer}.self_attn.v_proj.bias",
+        ),
+        "qkv", ("QKV",), when="qkv_bias",
+    ),
+    Weight(
+        ("decoder.layers.self_attention.q_layernorm.weight",), ("model.layers.{layer}.self_attn.q_norm.weight",),
+        "plain", ("D",), when="qk_norm",
+    ),
+    Weight(
+        ("decoder.layers.self_attention.k_layernorm.weight",), ("model.layers.{layer}.self_attn.k_norm.weight",),
+        "plain", ("D",), when="qk_norm",
+    ),
+    Weight(
         ("decoder.layers.self_attention.linear_proj.weight",), ("model.layers.{layer}.self_attn.o_proj.weight",),
-        "plain", ("H", "H"),
+        "plain", ("H", "Q"),
     ),
     Weight(
         ("decoder.layers.mlp.linear_fc1.layer_norm_weight", "decoder.layers.pre_mlp_layernorm.weight"),
@@ -137,7 +154,19 @@ def architecture(model: ModelConfig) -> str:
         ConfigError: no class of transformers does; the setting in the way is named.
     """
     if model.normalization == "RMSNorm":
-        return "LlamaForCausalLM"
+        if model.qk_layernorm and model.add_qkv_bias:
+            raise ConfigError(
+                "model.qk_layernorm=true with model.add_qkv_bias=true has no counterpart in transformers: Qwen3 has the "
+                "norms, Qwen2 the biases. Train with one of them."
+            )
+        if model.qk_layernorm:
+            return "Qwen3ForCausalLM"
+        return "Qwen2ForCausalLM" if model.add_qkv_bias else "LlamaForCausalLM"
+    if model.head_size * model.num_attention_heads != model.hidden_size:
+        raise ConfigError(
+            f"model.kv_channels={model.kv_channels} with model.normalization=LayerNorm has no counterpart in "
+            "transformers: heads of OlmoForCausalLM are hidden_size over num_attention_heads wide. Leave kv_channels out."
+        )
     if model.layernorm_epsilon != OLMO_LAYERNORM_EPSILON:
         raise ConfigError(
             f"model.layernorm_epsilon={model.layernorm_epsilon} with model.normalization=LayerNorm has no counterpart "
@@ -153,6 +182,8 @@ def weights_of(model: ModelConfig) -> Iterator[Weight]:
         "always": True,
         "weighted_norm": model.normalization == "RMSNorm",
         "untied": model.untie_embeddings_and_output_weights,
+        "qk_norm": model.qk_layernorm,
+        "qkv_bias": model.add_qkv_bias,
     }
     return (weight for weight in WEIGHTS if has[weight.when])
 
@@ -164,6 +195,8 @@ def megatron_shape(weight: Weight, model: ModelConfig, padded_vocab_size: int) -
         "F": model.ffn_hidden_size,
         "2F": 2 * model.ffn_hidden_size,
         "V": padded_vocab_size,
+        "D": model.head_size,
+        "Q": model.num_attention_heads * model.head_size,
         "QKV": (model.num_attention_heads + 2 * model.query_groups) * model.head_size,
     }
     return tuple(sizes[axis] for axis in weight.shape)

@@ -159,6 +159,13 @@ def plan_moves(
 def hf_config(config: RunConfig, architecture: str, vocab_size: int, eod: int | None, dtype: str) -> dict[str, Any]:
     """Contents of ``config.json``."""
     model = config.model
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rotary_base)}
+    if model.rope_scaling_factor is not None:
+        # The other three numbers are fixed in Megatron-Core's RotaryEmbedding.
+        rope |= {
+            "rope_type": "llama3", "factor": model.rope_scaling_factor, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        }
     common: dict[str, Any] = {
         "architectures": [architecture],
         "hidden_size": model.hidden_size,
@@ -172,7 +179,7 @@ def hf_config(config: RunConfig, architecture: str, vocab_size: int, eod: int | 
         "max_position_embeddings": config.data.seq_length,
         # The second is how transformers 5 writes it, the first how everybody reads it.
         "rope_theta": float(model.rotary_base),
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(model.rotary_base)},
+        "rope_parameters": rope,
         "initializer_range": model.init_method_std,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "vocab_size": vocab_size,
@@ -184,12 +191,16 @@ def hf_config(config: RunConfig, architecture: str, vocab_size: int, eod: int | 
         "torch_dtype": dtype,
         "use_cache": True,
     }
+    if model.rope_scaling_factor is not None:
+        common["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     if architecture == "OlmoForCausalLM":
         return {"model_type": "olmo", "clip_qkv": None, **common}
-    return {
-        "model_type": "llama", "rms_norm_eps": model.layernorm_epsilon, "mlp_bias": False,
-        "head_dim": model.head_size, **common,
-    }
+    common |= {"rms_norm_eps": model.layernorm_epsilon, "head_dim": model.head_size}
+    if architecture == "Qwen2ForCausalLM":
+        return {"model_type": "qwen2", "use_sliding_window": False, **common}
+    if architecture == "Qwen3ForCausalLM":
+        return {"model_type": "qwen3", "use_sliding_window": False, **common}
+    return {"model_type": "llama", "mlp_bias": False, **common}
 
 
 def _check_shape(reader: CheckpointReader, source: str, weight: Weight, config: RunConfig, vocab_size: int) -> int:

@@ -48,7 +48,7 @@ def initialize(model: torch.nn.Module, seed: int, std: float, num_layers: int, t
     """Fill this rank's shard of a ``GPTModel`` and mark its weights as Megatron's own initialisation would.
 
     Matrices are normal with deviation ``std``, those that write into the residual stream (``linear_proj``,
-    ``linear_fc2``) with ``std / sqrt(2 * num_layers)``; norms are one.
+    ``linear_fc2``) with ``std / sqrt(2 * num_layers)``; norms are one, biases zero.
 
     Args:
         model: an unwrapped ``GPTModel`` on the CPU.
@@ -66,6 +66,10 @@ def initialize(model: torch.nn.Module, seed: int, std: float, num_layers: int, t
     for name, weight in global_parameters(model):
         if name.endswith("layernorm.weight"):
             weight.fill_(1.0)
+            continue
+        if name.endswith("linear_qkv.bias"):
+            weight.zero_()
+            _mark(weight, 0)
             continue
         rows, columns = weight.shape
         name_drawn = "embedding.word_embeddings.weight" if tied and name == "output_layer.weight" else name
@@ -88,10 +92,14 @@ def initialize(model: torch.nn.Module, seed: int, std: float, num_layers: int, t
         else:
             raise ValueError(f"no initial value is defined for the parameter {name}.")
         weight.copy_(drawn)
-        # Gradient norms count a weight without these marks once per tensor-parallel group. Megatron sets them when it
-        # initialises (0.16) or always (0.19).
-        for mark, value in (("tensor_model_parallel", True), ("partition_dim", dimension), ("partition_stride", 1)):
-            setattr(weight, mark, value)
+        _mark(weight, dimension)
+
+
+def _mark(weight: torch.nn.Parameter, dimension: int) -> None:
+    # Gradient norms count a weight without these marks once per tensor-parallel group. Megatron sets them when it
+    # initialises (0.16) or always (0.19).
+    for mark, value in (("tensor_model_parallel", True), ("partition_dim", dimension), ("partition_stride", 1)):
+        setattr(weight, mark, value)
 
 
 def global_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

@@ -31,20 +31,29 @@ def random_transformers_model(config: RunConfig, seed: int = 0) -> Any:
     import transformers
 
     model = config.model
-    kind = "Llama" if model.normalization == "RMSNorm" else "Olmo"
+    kind = "Olmo" if model.normalization == "LayerNorm" else "Llama"
+    kind = "Qwen3" if model.qk_layernorm else "Qwen2" if model.add_qkv_bias else kind
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rotary_base)}
+    if model.rope_scaling_factor:
+        rope |= {
+            "rope_type": "llama3", "factor": model.rope_scaling_factor, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        }
     torch.manual_seed(seed)
     settings = getattr(transformers, f"{kind}Config")(
         vocab_size=VOCAB, hidden_size=model.hidden_size, intermediate_size=model.ffn_hidden_size,
         num_hidden_layers=model.num_layers, num_attention_heads=model.num_attention_heads,
         num_key_value_heads=model.query_groups, max_position_embeddings=LENGTH, initializer_range=0.2,
         tie_word_embeddings=not model.untie_embeddings_and_output_weights, bos_token_id=None, eos_token_id=EOD,
-        pad_token_id=None, rope_parameters={"rope_type": "default", "rope_theta": float(model.rotary_base)},
-        **({"rms_norm_eps": model.layernorm_epsilon} if kind == "Llama" else {}),
+        pad_token_id=None, rope_parameters=rope,
+        **({"rms_norm_eps": model.layernorm_epsilon, "head_dim": model.head_size} if kind != "Olmo" else {}),
     )
     built = getattr(transformers, f"{kind}ForCausalLM")(settings).eval()
     for name, parameter in built.named_parameters():
         if "norm" in name:  # ones would not show a mix-up
             parameter.data.uniform_(0.5, 1.5)
+        if name.endswith("bias"):  # zeros would not
+            parameter.data.normal_()
     return built
 
 
@@ -56,8 +65,8 @@ def megatron_tensors(model: Any, config: ModelConfig) -> dict[str, torch.Tensor]
     def padded(rows: torch.Tensor) -> torch.Tensor:
         return torch.cat([rows, torch.full((PADDED - VOCAB, rows.shape[1]), 7.0)])
 
-    def qkv(layer: int) -> torch.Tensor:
-        q, k, v = (state[f"model.layers.{layer}.self_attn.{x}_proj.weight"] for x in "qkv")
+    def qkv(layer: int, kind: str = "weight") -> torch.Tensor:
+        q, k, v = (state[f"model.layers.{layer}.self_attn.{x}_proj.{kind}"] for x in "qkv")
         rows = []
         for group in range(config.query_groups):
             for query in range(heads):
@@ -81,6 +90,11 @@ def megatron_tensors(model: Any, config: ModelConfig) -> dict[str, torch.Tensor]
         tensors["decoder.layers.self_attention.linear_qkv.layer_norm_weight"] = each("input_layernorm")
         tensors["decoder.layers.mlp.linear_fc1.layer_norm_weight"] = each("post_attention_layernorm")
         tensors["decoder.final_layernorm.weight"] = state["model.norm.weight"]
+    if config.add_qkv_bias:
+        tensors["decoder.layers.self_attention.linear_qkv.bias"] = torch.stack([qkv(n, "bias") for n in layers])
+    if config.qk_layernorm:
+        tensors["decoder.layers.self_attention.q_layernorm.weight"] = each("self_attn.q_norm")
+        tensors["decoder.layers.self_attention.k_layernorm.weight"] = each("self_attn.k_norm")
     if config.untie_embeddings_and_output_weights:
         tensors["output_layer.weight"] = padded(state["lm_head.weight"])
     return tensors

@@ -28,7 +28,12 @@ pytest.importorskip("transformers")
 
 OLMO = {"normalization": "LayerNorm"}
 TIED = {"untie_embeddings_and_output_weights": False}
-FAMILIES = [{}, TIED, OLMO, OLMO | TIED, {"num_query_groups": None}, {"num_query_groups": 1}]
+QWEN2, QWEN3 = {"add_qkv_bias": True}, {"qk_layernorm": True}
+FAMILIES = [
+    {}, TIED, OLMO, OLMO | TIED, {"num_query_groups": None}, {"num_query_groups": 1}, QWEN2, QWEN2 | TIED, QWEN3,
+    # Heads wider than hidden_size over their number, as Qwen3's are.
+    QWEN3 | {"kv_channels": 20}, {"kv_channels": 8}, {"rope_scaling_factor": 4.0, "rotary_base": 500_000},
+]
 
 
 def load(folder: Path) -> Any:

@@ -21,6 +21,9 @@ SP = {"sequence_parallel": True}
 SHARDED = {"use_distributed_optimizer": True}
 TIED = {"untie_embeddings_and_output_weights": False}
 OLMO = {"normalization": "LayerNorm"}
+QWEN2 = {"add_qkv_bias": True}
+QWEN3 = {"qk_layernorm": True, "kv_channels": 24}
+LLAMA3 = {"rope_scaling_factor": 8.0, "rotary_base": 500_000}
 PROBE = [8, 20, 32]
 
 ONE_PROCESS = {
@@ -28,6 +31,9 @@ ONE_PROCESS = {
     "one probed": {"probe_lengths": PROBE},
     "one tied": {"model": TIED},
     "one olmo": {"model": OLMO, "save_weights": True},
+    "one qwen2": {"model": QWEN2, "save_weights": True},
+    "one qwen3": {"model": QWEN3, "save_weights": True},
+    "one llama3": {"model": LLAMA3, "save_weights": True},
     "one bf16": {"params_dtype": "bf16"},
     "one recompute": {"recompute": "full"},
     "one in micro-batches of 8": {"micro_batch_size": 8},
@@ -42,6 +48,10 @@ TWO_PROCESSES = {
     "tp2 padded": {"parallel": TP2, "padded_vocab_size": 272},
     # The second process holds nothing but padding.
     "tp2 padded by half": {"parallel": TP2, "padded_vocab_size": 512},
+    "tp2 qwen2": {"parallel": TP2, "model": QWEN2},
+    "tp2 qwen3": {"parallel": TP2, "model": QWEN3},
+    "tp2 sp qwen3": {"parallel": TP2 | SP, "model": QWEN3},
+    "pp2 qwen3": {"parallel": PP2, "model": QWEN3},
     "pp2": {"parallel": PP2},
     "pp2 probed": {"parallel": PP2, "probe_lengths": PROBE},
     "pp2 tied": {"parallel": PP2, "model": TIED},
@@ -104,6 +114,15 @@ def test_tied_embeddings_stay_one_matrix_on_every_layout(runs: dict[str, list[di
     np.testing.assert_allclose(curve(runs, name, "grad_norm"), curve(runs, "one tied", "grad_norm"), rtol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["tp2 qwen2", "tp2 qwen3", "tp2 sp qwen3", "pp2 qwen3"])
+def test_biases_and_norms_of_heads_do_not_depend_on_the_layout(
+    runs: dict[str, list[dict[str, Any]]], name: str
+) -> None:
+    alone = f"one {name.split()[-1]}"
+    np.testing.assert_allclose(curve(runs, name, "loss"), curve(runs, alone, "loss"), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(curve(runs, name, "grad_norm"), curve(runs, alone, "grad_norm"), rtol=2e-5)
+
+
 def test_norms_without_weights_do_not_depend_on_the_layout(runs: dict[str, list[dict[str, Any]]]) -> None:
     np.testing.assert_allclose(curve(runs, "pp2 olmo", "loss"), curve(runs, "one olmo", "loss"), rtol=0, atol=1e-6)
 
@@ -144,57 +163,75 @@ def test_forward_only_losses_do_not_depend_on_the_layout(runs: dict[str, list[di
                 np.testing.assert_allclose(losses, wanted, atol=2e-6)
 
 
-def hugging_face_model(weights: dict[str, np.ndarray], normalization: str) -> Any:
-    """Hugging Face's Llama or OLMo with the weights of a Megatron model on one process."""
+def hugging_face_model(weights: dict[str, np.ndarray], family: dict[str, Any]) -> Any:
+    """Hugging Face's own class for a family, with the weights of a Megatron model on one process."""
     import transformers
 
+    model = MODEL | family
+    head = model.get("kv_channels") or model["hidden_size"] // model["num_attention_heads"]
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model["rotary_base"])}
+    if "rope_scaling_factor" in model:
+        rope |= {
+            "rope_type": "llama3", "factor": model["rope_scaling_factor"], "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        }
     settings: dict[str, Any] = {
-        "vocab_size": VOCAB, "hidden_size": MODEL["hidden_size"], "intermediate_size": MODEL["ffn_hidden_size"],
-        "num_hidden_layers": MODEL["num_layers"], "num_attention_heads": MODEL["num_attention_heads"],
-        "num_key_value_heads": MODEL["num_query_groups"], "tie_word_embeddings": False, "attn_implementation": "eager",
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(MODEL["rotary_base"])},
+        "vocab_size": VOCAB, "hidden_size": model["hidden_size"], "intermediate_size": model["ffn_hidden_size"],
+        "num_hidden_layers": model["num_layers"], "num_attention_heads": model["num_attention_heads"],
+        "num_key_value_heads": model["num_query_groups"], "tie_word_embeddings": False, "attn_implementation": "eager",
+        "rope_parameters": rope,
         # OlmoConfig's default padding token, 1, would get no gradient.
         "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
     }
-    if normalization == "RMSNorm":
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(rms_norm_eps=1e-5, **settings))
-    else:
-        model = transformers.OlmoForCausalLM(transformers.OlmoConfig(**settings))
-    groups, per_group = MODEL["num_query_groups"], MODEL["num_attention_heads"] // MODEL["num_query_groups"]
-    head = MODEL["hidden_size"] // MODEL["num_attention_heads"]
+    kind = "Olmo" if "normalization" in family else "Llama"
+    kind = "Qwen3" if "qk_layernorm" in family else "Qwen2" if "add_qkv_bias" in family else kind
+    if kind != "Olmo":
+        settings |= {"rms_norm_eps": 1e-5, "head_dim": head}
+    built = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**settings))
+    groups, per_group = model["num_query_groups"], model["num_attention_heads"] // model["num_query_groups"]
     state = {
         "model.embed_tokens.weight": weights["embedding.word_embeddings.weight"],
         "lm_head.weight": weights["output_layer.weight"],
     }
-    if normalization == "RMSNorm":
+    if kind != "Olmo":
         state["model.norm.weight"] = weights["decoder.final_layernorm.weight"]
-    for layer in range(MODEL["num_layers"]):
+    for layer in range(model["num_layers"]):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         # Rows of linear_qkv: for each key/value group its query heads, its key head, its value head.
-        qkv = weights[ours + "self_attention.linear_qkv.weight"].reshape(groups, per_group + 2, head, -1)
+        for tensor in ("weight", "bias") if kind == "Qwen2" else ("weight",):
+            stored = weights[f"{ours}self_attention.linear_qkv.{tensor}"]
+            qkv = stored.reshape(groups, per_group + 2, head, *stored.shape[1:])
+            state |= {
+                f"{theirs}self_attn.q_proj.{tensor}": qkv[:, :per_group].reshape(-1, *stored.shape[1:]),
+                f"{theirs}self_attn.k_proj.{tensor}": qkv[:, per_group].reshape(-1, *stored.shape[1:]),
+                f"{theirs}self_attn.v_proj.{tensor}": qkv[:, per_group + 1].reshape(-1, *stored.shape[1:]),
+            }
         gate, up = np.split(weights[ours + "mlp.linear_fc1.weight"], 2)
         state |= {
-            theirs + "self_attn.q_proj.weight": qkv[:, :per_group].reshape(groups * per_group * head, -1),
-            theirs + "self_attn.k_proj.weight": qkv[:, per_group].reshape(groups * head, -1),
-            theirs + "self_attn.v_proj.weight": qkv[:, per_group + 1].reshape(groups * head, -1),
             theirs + "self_attn.o_proj.weight": weights[ours + "self_attention.linear_proj.weight"],
             theirs + "mlp.gate_proj.weight": gate,
             theirs + "mlp.up_proj.weight": up,
             theirs + "mlp.down_proj.weight": weights[ours + "mlp.linear_fc2.weight"],
         }
-        if normalization == "RMSNorm":
+        if kind != "Olmo":
             state[theirs + "input_layernorm.weight"] = weights[ours + "input_layernorm.weight"]
             state[theirs + "post_attention_layernorm.weight"] = weights[ours + "pre_mlp_layernorm.weight"]
-    model.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in state.items()}, strict=True)
-    return model
+        if kind == "Qwen3":
+            for norm in "qk":
+                state[f"{theirs}self_attn.{norm}_norm.weight"] = weights[f"{ours}self_attention.{norm}_layernorm.weight"]
+    built.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in state.items()}, strict=True)
+    return built
 
 
-@pytest.mark.parametrize(("name", "normalization"), [("one", "RMSNorm"), ("one olmo", "LayerNorm")])
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("one", {}), ("one olmo", OLMO), ("one qwen2", QWEN2), ("one qwen3", QWEN3), ("one llama3", LLAMA3)],
+)
 def test_plain_torch_training_of_the_hugging_face_model_gives_the_same_numbers(
-    runs: dict[str, list[dict[str, Any]]], folder: Path, name: str, normalization: str
+    runs: dict[str, list[dict[str, Any]]], folder: Path, name: str, family: dict[str, Any]
 ) -> None:
     with np.load(folder / f"{name}.npz") as weights:
-        model = hugging_face_model(dict(weights), normalization)
+        model = hugging_face_model(dict(weights), family)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
