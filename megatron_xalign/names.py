@@ -156,8 +156,8 @@ def architecture(model: ModelConfig) -> str:
     if model.normalization == "RMSNorm":
         if model.qk_layernorm and model.add_qkv_bias:
             raise ConfigError(
-                "model.qk_layernorm=true with model.add_qkv_bias=true has no counterpart in transformers: Qwen3 has the "
-                "norms, Qwen2 the biases. Train with one of them."
+                "model.qk_layernorm=true with model.add_qkv_bias=true has no counterpart in transformers: Qwen3 has "
+                "the norms, Qwen2 the biases. Train with one of them."
             )
         if model.qk_layernorm:
             return "Qwen3ForCausalLM"
@@ -165,7 +165,7 @@ def architecture(model: ModelConfig) -> str:
     if model.head_size * model.num_attention_heads != model.hidden_size:
         raise ConfigError(
             f"model.kv_channels={model.kv_channels} with model.normalization=LayerNorm has no counterpart in "
-            "transformers: heads of OlmoForCausalLM are hidden_size over num_attention_heads wide. Leave kv_channels out."
+            "transformers: heads of OlmoForCausalLM are hidden_size over num_attention_heads wide. Leave it out."
         )
     if model.layernorm_epsilon != OLMO_LAYERNORM_EPSILON:
         raise ConfigError(

@@ -217,8 +217,8 @@ def hugging_face_model(weights: dict[str, np.ndarray], family: dict[str, Any]) -
             state[theirs + "input_layernorm.weight"] = weights[ours + "input_layernorm.weight"]
             state[theirs + "post_attention_layernorm.weight"] = weights[ours + "pre_mlp_layernorm.weight"]
         if kind == "Qwen3":
-            for norm in "qk":
-                state[f"{theirs}self_attn.{norm}_norm.weight"] = weights[f"{ours}self_attention.{norm}_layernorm.weight"]
+            for x in "qk":
+                state[f"{theirs}self_attn.{x}_norm.weight"] = weights[f"{ours}self_attention.{x}_layernorm.weight"]
     built.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in state.items()}, strict=True)
     return built
 
