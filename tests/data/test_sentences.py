@@ -31,8 +31,8 @@ MODEL = PunktModel(
 # Text in which Punkt's decisions differ: abbreviations, initials, ellipses, numbers, quotes, closing brackets, breaks.
 WORDS = [
     "Dr.", "Smith", "e.g.", "etc.", "The", "cat", "sat.", "J.", "R.", "Tolkien", "3.14", "1.", "...", "What?", "No!",
-    "(so.)", "“Yes.”", "hän", "luvulla", "1990.", "esim.", "\n", "\n\n", "it?!", '"Go."', "--", "a.b.c", ".", "!?", "\t",
-    "U.S.",
+    "(so.)", "“Yes.”", "hän", "luvulla", "1990.", "esim.", "\n", "\n\n", "it?!", '"Go."', "--", "a.b.c", ".", "!?",
+    "\t", "U.S.",
 ]
 prose = st.lists(st.sampled_from(WORDS), max_size=40).map(" ".join)
 anything = st.text(st.characters(exclude_categories=("Cs",)), max_size=200)
@@ -127,7 +127,7 @@ def test_a_spaced_script_is_split_as_nltk_does_once_it_knows_the_marks() -> None
 
 
 @pytest.mark.parametrize("options", [{}, {"keep_newlines": True}, {"as_megatron_lm": True, "keep_newlines": True}])
-@pytest.mark.parametrize("text", ["x" * 3_000_000, "a." * 500_000, "好" * 1_500_000, "。" * 1_000_000, ". " * 300_000])
+@pytest.mark.parametrize("text", ["x" * 3_000_000, "a." * 500_000, "好" * 1_500_000, "。" * 1_000_000, ". " * 60_000])
 def test_time_is_linear_in_texts_without_sentences(text: str, options: dict[str, bool]) -> None:
     begin = time.process_time()
     SentenceSplitter(MODEL, **options).split(text)
