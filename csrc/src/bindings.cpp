@@ -13,7 +13,10 @@
 #include <vector>
 
 #include "xalign/blend.h"
+#include "xalign/folding.h"
+#include "xalign/minhash.h"
 #include "xalign/permutation.h"
+#include "xalign/probe_index.h"
 #include "xalign/windows.h"
 
 namespace py = pybind11;
@@ -179,6 +182,146 @@ py::array_t<std::int64_t> gather(const py::array& tokens, const py::array& start
   return to_array(std::move(gathered));
 }
 
+// Looks into the strings of a list without copying a character; holds the strings, whatever becomes of the list.
+class Texts {
+ public:
+  explicit Texts(const py::list& texts) : kept_(texts) {
+    views_.reserve(kept_.size());
+    for (const py::handle item : kept_) {
+      PyObject* text = item.ptr();
+      if (!PyUnicode_Check(text)) throw std::invalid_argument("a text is " + name_of_type(item) + ", not str.");
+      views_.push_back({PyUnicode_DATA(text), static_cast<std::int64_t>(PyUnicode_GET_LENGTH(text)),
+                        static_cast<std::int32_t>(PyUnicode_KIND(text))});
+    }
+  }
+  const xalign::TextView* data() const { return views_.data(); }
+  std::size_t size() const { return views_.size(); }
+
+ private:
+  static std::string name_of_type(py::handle item) {
+    return py::cast<std::string>(py::type::handle_of(item).attr("__name__"));
+  }
+  py::tuple kept_;
+  std::vector<xalign::TextView> views_;
+};
+
+py::array_t<std::int64_t> count_characters(const py::list& texts, const py::array& kinds, std::size_t num_kinds) {
+  const Texts views(texts);
+  const auto* table = data_of<std::uint8_t>(kinds, 1, "kinds");
+  if (length_of(kinds) != xalign::kCodePoints) throw std::invalid_argument("kinds has not one item per code point.");
+  std::vector<std::int64_t> counts;
+  {
+    py::gil_scoped_release free;
+    counts = xalign::count_characters(views.data(), views.size(), table, num_kinds);
+  }
+  return to_array<std::int64_t, std::int64_t>(
+      std::move(counts), {static_cast<py::ssize_t>(views.size()), static_cast<py::ssize_t>(num_kinds)});
+}
+
+// Two lists of one length, the second of which may be left out.
+struct Documents {
+  Documents(const py::list& texts, const std::optional<py::list>& others) : first(texts) {
+    if (!others) return;
+    second.emplace(*others);
+    if (second->size() != first.size()) throw std::invalid_argument("texts and others differ in length.");
+  }
+  const xalign::TextView* others() const { return second ? second->data() : nullptr; }
+  Texts first;
+  std::optional<Texts> second;
+};
+
+py::array_t<std::uint64_t> document_keys(const xalign::Folding& folding, const py::list& texts,
+                                         const std::optional<py::list>& others) {
+  const Documents documents(texts, others);
+  std::vector<std::uint64_t> keys;
+  {
+    py::gil_scoped_release free;
+    keys = xalign::document_keys(folding, documents.first.data(), documents.others(), documents.first.size());
+  }
+  return to_array<std::uint64_t, std::uint64_t>(std::move(keys),
+                                                {static_cast<py::ssize_t>(documents.first.size()), 2});
+}
+
+py::array_t<std::uint8_t> document_sketches(const xalign::Folding& folding, const xalign::Folding& exact,
+                                            const py::list& texts, const std::optional<py::list>& others) {
+  const Documents documents(texts, others);
+  std::vector<std::uint8_t> sketches;
+  {
+    py::gil_scoped_release free;
+    sketches = xalign::document_sketches(folding, exact, documents.first.data(), documents.others(),
+                                         documents.first.size());
+  }
+  return to_array<std::uint8_t, std::uint8_t>(std::move(sketches),
+                                              {static_cast<py::ssize_t>(documents.first.size()),
+                                               static_cast<py::ssize_t>(xalign::kSketchBins)});
+}
+
+py::array_t<std::uint8_t> near_earlier(const py::array& sketches, const py::array& group_starts,
+                                       const py::array& asked, std::int64_t min_agreeing, std::int64_t max_earlier) {
+  const auto* bytes = data_of<std::uint8_t>(sketches, 2, "sketches");
+  const auto* starts = data_of<std::int64_t>(group_starts, 1, "group_starts");
+  const auto* wanted = data_of<std::uint8_t>(asked, 1, "asked");
+  const std::size_t num_documents = length_of(sketches), num_starts = length_of(group_starts);
+  if (num_starts == 0) throw std::invalid_argument("group_starts is empty.");
+  if (length_of(asked) != num_documents) throw std::invalid_argument("sketches and asked differ in length.");
+  const auto num_bins = static_cast<std::size_t>(sketches.shape(1));
+  std::vector<std::uint8_t> near;
+  {
+    py::gil_scoped_release free;
+    near = xalign::near_earlier(bytes, num_documents, num_bins, starts, num_starts - 1, wanted, min_agreeing,
+                                max_earlier);
+  }
+  return to_array(std::move(near));
+}
+
+void define_texts(py::module_& module) {
+  py::class_<xalign::Folding>(module, "Folding")
+      .def(py::init([](const py::array& table, const py::array& expansions) {
+             return xalign::Folding(data_of<std::uint32_t>(table, 1, "table"), length_of(table),
+                                    data_of<std::uint32_t>(expansions, 1, "expansions"), length_of(expansions));
+           }),
+           py::arg("table"), py::arg("expansions"))
+      .def(
+          "fold",
+          [](const xalign::Folding& folding, const py::list& texts) {
+            const Texts views(texts);
+            py::list folded(views.size());
+            std::vector<std::uint32_t> units;
+            for (std::size_t i = 0; i < views.size(); ++i) {
+              folding.fold(views.data()[i], units);
+              folded[i] = py::reinterpret_steal<py::str>(PyUnicode_FromKindAndData(
+                  PyUnicode_4BYTE_KIND, units.data(), static_cast<py::ssize_t>(units.size())));
+            }
+            return folded;
+          },
+          py::arg("texts"));
+  py::class_<xalign::ProbeIndex>(module, "ProbeIndex")
+      .def(py::init([](const xalign::Folding& folding, const py::list& sentences, double near,
+                       std::int64_t min_contained) {
+             const Texts views(sentences);
+             return xalign::ProbeIndex(folding, views.data(), views.size(), near, min_contained);
+           }),
+           py::arg("folding"), py::arg("sentences"), py::arg("near"), py::arg("min_contained"))
+      .def(
+          "touch",
+          [](const xalign::ProbeIndex& index, const py::list& texts) {
+            const Texts views(texts);
+            std::vector<std::uint8_t> touches;
+            {
+              py::gil_scoped_release free;
+              touches = index.touch(views.data(), views.size());
+            }
+            return to_array(std::move(touches));
+          },
+          py::arg("texts"));
+  module.def("count_characters", &count_characters, py::arg("texts"), py::arg("kinds"), py::arg("num_kinds"));
+  module.def("document_keys", &document_keys, py::arg("folding"), py::arg("texts"), py::arg("others") = py::none());
+  module.def("document_sketches", &document_sketches, py::arg("folding"), py::arg("exact"), py::arg("texts"),
+             py::arg("others") = py::none());
+  module.def("near_earlier", &near_earlier, py::arg("sketches"), py::arg("group_starts"), py::arg("asked"),
+             py::arg("min_agreeing"), py::arg("max_earlier"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -193,4 +336,5 @@ PYBIND11_MODULE(_native, module) {
   module.def("count_languages", &count_languages, py::arg("language_ids"), py::arg("positions"),
              py::arg("num_languages"));
   module.def("gather", &gather, py::arg("tokens"), py::arg("starts"), py::arg("stops"));
+  define_texts(module);
 }

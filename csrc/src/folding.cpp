@@ -1,0 +1,201 @@
+#include "xalign/folding.h"
+
+#include <algorithm>
+#include <array>
+#include <stdexcept>
+#include <string>
+
+namespace xalign {
+
+namespace {
+
+constexpr std::uint32_t kCodePointMask = (1U << 21) - 1;
+
+Kind kind_of(std::uint32_t entry) { return static_cast<Kind>((entry >> 21) & 7U); }
+
+std::uint32_t combining_class(std::uint32_t entry) { return entry >> 24; }
+
+template <typename Unit>
+void check_units(const Unit* text, std::size_t length) {
+  if constexpr (sizeof(Unit) > 2) {
+    std::uint32_t largest = 0;
+    for (std::size_t i = 0; i < length; ++i) largest = std::max(largest, text[i]);
+    if (largest >= kCodePoints) throw std::invalid_argument("a text holds a number that is no code point.");
+  }
+}
+
+void check_entry(std::uint32_t entry) {
+  if ((entry & kCodePointMask) >= kCodePoints) {
+    throw std::invalid_argument("a folding entry points at no code point.");
+  }
+  if (combining_class(entry) != 0 && kind_of(entry) != Kind::kMark) {
+    throw std::invalid_argument("a code point with a combining class is not a mark.");
+  }
+}
+
+}  // namespace
+
+Folding::Folding(const std::uint32_t* table, std::size_t table_size, const std::uint32_t* expansions,
+                 std::size_t num_expansions)
+    : table_(table, table + table_size), expansions_(expansions, expansions + num_expansions) {
+  if (table_size != kCodePoints) {
+    throw std::invalid_argument("a folding table has " + std::to_string(table_size) + " entries; " +
+                                std::to_string(kCodePoints) + " expected.");
+  }
+  for (const std::uint32_t entry : table_) {
+    if (kind_of(entry) != Kind::kExpansion) {
+      check_entry(entry);
+      continue;
+    }
+    const std::size_t at = entry & kCodePointMask;
+    if (at >= num_expansions || expansions_[at] >= num_expansions - at) {
+      throw std::invalid_argument("a folding entry points outside the expansions.");
+    }
+    for (std::size_t i = 1; i <= expansions_[at]; ++i) {
+      if (kind_of(expansions_[at + i]) == Kind::kExpansion) throw std::invalid_argument("an expansion is expanded.");
+      check_entry(expansions_[at + i]);
+    }
+  }
+}
+
+template <typename Unit>
+void Folding::fold_units(const Unit* text, std::size_t length, std::vector<std::uint32_t>& folded) const {
+  check_units(text, length);
+  // Each code point gives at most itself and a space; expansions make room for themselves.
+  if (folded.size() < 2 * length + 2) folded.resize(2 * length + 2);
+  std::uint32_t* out = folded.data();
+  std::size_t size = 0;
+  out[size++] = ' ';
+  Kind word = Kind::kSpace;  // Of the letter last written; kSpace before the first.
+  bool parted = false;
+  std::size_t run_begin = 0, run_length = 0;  // Combining marks at the end of what is written.
+  bool run_in_order = true;
+
+  const auto end_run = [&] {
+    if (run_length > 1 && !run_in_order) {
+      std::stable_sort(out + run_begin, out + run_begin + run_length, [&](std::uint32_t a, std::uint32_t b) {
+        return combining_class(table_[a]) < combining_class(table_[b]);
+      });
+    }
+    run_length = 0;
+    run_in_order = true;
+  };
+  const auto add = [&](std::uint32_t entry) {
+    Kind kind = kind_of(entry);
+    const std::uint32_t combining = combining_class(entry);
+    if (combining == 0 && run_length != 0) end_run();
+    if (kind == Kind::kIgnored) return;
+    if (kind == Kind::kSpace || kind == Kind::kSign) {
+      parted = true;
+      return;
+    }
+    if (kind == Kind::kMark) {
+      if (parted || word == Kind::kSpace) kind = Kind::kLetter;  // A mark on nothing is a letter.
+    }
+    if (kind != Kind::kMark) {
+      if (word != Kind::kSpace && (kind == Kind::kIdeograph || word == Kind::kIdeograph ||
+                                   (parted && kind == Kind::kLetter && word == Kind::kLetter))) {
+        out[size++] = ' ';
+      }
+      word = kind;
+      parted = false;
+    }
+    if (combining != 0) {
+      if (run_length == 0) {
+        run_begin = size;
+      } else if (combining < combining_class(table_[out[size - 1]])) {
+        run_in_order = false;
+      }
+      ++run_length;
+    }
+    out[size++] = entry & kCodePointMask;
+  };
+
+  for (std::size_t i = 0; i < length; ++i) {
+    const std::uint32_t entry = table_[text[i]];
+    if (kind_of(entry) != Kind::kExpansion) {
+      add(entry);
+      continue;
+    }
+    const std::uint32_t* expansion = expansions_.data() + (entry & kCodePointMask);
+    const std::uint32_t count = expansion[0];
+    const std::size_t needed = size + 2 * (count + (length - i)) + 2;
+    if (folded.size() < needed) {
+      folded.resize(std::max(needed, folded.size() + folded.size() / 2));
+      out = folded.data();
+    }
+    for (std::uint32_t j = 1; j <= count; ++j) add(expansion[j]);
+  }
+  end_run();
+  if (word == Kind::kSpace) {
+    folded.clear();
+    return;
+  }
+  out[size++] = ' ';
+  folded.resize(size);
+}
+
+void Folding::fold(const TextView& text, std::vector<std::uint32_t>& folded) const {
+  const auto length = static_cast<std::size_t>(text.length);
+  switch (text.bytes_per_character) {
+    case 1:
+      return fold_units(static_cast<const std::uint8_t*>(text.data), length, folded);
+    case 2:
+      return fold_units(static_cast<const std::uint16_t*>(text.data), length, folded);
+    case 4:
+      return fold_units(static_cast<const std::uint32_t*>(text.data), length, folded);
+    default:
+      throw std::invalid_argument("a text has " + std::to_string(text.bytes_per_character) +
+                                  " bytes per character; 1, 2 or 4 expected.");
+  }
+}
+
+namespace {
+
+template <typename Unit>
+void count_units(const Unit* text, std::size_t length, const std::uint8_t* kinds,
+                 std::array<std::array<std::int64_t, 256>, 2>& counts) {
+  check_units(text, length);
+  // Two histograms, so that a run of one kind does not wait for its own counter.
+  std::size_t i = 0;
+  for (; i + 1 < length; i += 2) {
+    ++counts[0][kinds[text[i]]];
+    ++counts[1][kinds[text[i + 1]]];
+  }
+  if (i < length) ++counts[0][kinds[text[i]]];
+}
+
+}  // namespace
+
+std::vector<std::int64_t> count_characters(const TextView* texts, std::size_t num_texts, const std::uint8_t* kinds,
+                                           std::size_t num_kinds) {
+  if (num_kinds < 1 || num_kinds > 256) throw std::invalid_argument("num_kinds is outside 1..256.");
+  std::uint8_t largest = 0;
+  for (std::size_t c = 0; c < kCodePoints; ++c) largest = std::max(largest, kinds[c]);
+  if (largest >= num_kinds) throw std::invalid_argument("a character's kind is not below num_kinds.");
+  std::vector<std::int64_t> result(num_texts * num_kinds);
+  std::array<std::array<std::int64_t, 256>, 2> counts;
+  for (std::size_t i = 0; i < num_texts; ++i) {
+    for (auto& half : counts) std::fill_n(half.begin(), num_kinds, 0);
+    const auto length = static_cast<std::size_t>(texts[i].length);
+    switch (texts[i].bytes_per_character) {
+      case 1:
+        count_units(static_cast<const std::uint8_t*>(texts[i].data), length, kinds, counts);
+        break;
+      case 2:
+        count_units(static_cast<const std::uint16_t*>(texts[i].data), length, kinds, counts);
+        break;
+      case 4:
+        count_units(static_cast<const std::uint32_t*>(texts[i].data), length, kinds, counts);
+        break;
+      default:
+        throw std::invalid_argument("a text has neither 1, 2 nor 4 bytes per character.");
+    }
+    for (std::size_t kind = 0; kind < num_kinds; ++kind) {
+      result[i * num_kinds + kind] = counts[0][kind] + counts[1][kind];
+    }
+  }
+  return result;
+}
+
+}  // namespace xalign

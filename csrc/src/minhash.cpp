@@ -1,0 +1,188 @@
+#include "xalign/minhash.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace xalign {
+
+namespace {
+
+__extension__ typedef unsigned __int128 uint128;
+
+constexpr std::uint64_t kPrime = (std::uint64_t{1} << 61) - 1;
+// Any numbers below the prime will do: the first 61 bits of the fractions of pi and of e.
+constexpr std::uint64_t kBases[2] = {0x243F6A8885A308D3ULL >> 3, 0xB7E151628AED2A6AULL >> 3};
+constexpr std::uint64_t kGramBase = 0x9E3779B97F4A7C15ULL;
+
+// SplitMix64's output function (Steele, Lea and Flood 2014): a permutation of 64-bit numbers that mixes all bits.
+std::uint64_t mix(std::uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBULL;
+  return z ^ (z >> 31);
+}
+
+std::uint64_t multiply_add(std::uint64_t a, std::uint64_t b, std::uint64_t c) {
+  const uint128 product = static_cast<uint128>(a) * b + c;
+  std::uint64_t sum = (static_cast<std::uint64_t>(product) & kPrime) + static_cast<std::uint64_t>(product >> 61);
+  if (sum >= kPrime) sum -= kPrime;
+  return sum;
+}
+
+struct Key {
+  std::uint64_t words[2];
+};
+
+template <typename Unit>
+Key key_of_units(const Unit* units, std::size_t length) {
+  std::uint64_t first = 1, second = 1;
+  for (std::size_t i = 0; i < length; ++i) {
+    const std::uint64_t digit = std::uint64_t{units[i]} + 1;
+    first = multiply_add(first, kBases[0], digit);
+    second = multiply_add(second, kBases[1], digit);
+  }
+  return {{mix(first), mix(second)}};
+}
+
+Key key_of(const Folding& folding, const TextView& text, std::vector<std::uint32_t>& folded) {
+  folding.fold(text, folded);
+  if (!folded.empty()) return key_of_units(folded.data(), folded.size());
+  const auto length = static_cast<std::size_t>(text.length);
+  switch (text.bytes_per_character) {
+    case 1:
+      return key_of_units(static_cast<const std::uint8_t*>(text.data), length);
+    case 2:
+      return key_of_units(static_cast<const std::uint16_t*>(text.data), length);
+    default:
+      return key_of_units(static_cast<const std::uint32_t*>(text.data), length);
+  }
+}
+
+// Adding is the same both ways round; a document of one text must not look like one of two.
+Key key_of_document(const Folding& folding, const TextView& text, const TextView* other,
+                    std::vector<std::uint32_t>& folded) {
+  Key key = key_of(folding, text, folded);
+  if (other != nullptr) {
+    const Key second = key_of(folding, *other, folded);
+    for (int word = 0; word < 2; ++word) key.words[word] = mix(key.words[word] + second.words[word]);
+  }
+  return key;
+}
+
+void add_gram_hashes(const std::uint32_t* folded, std::size_t length, std::vector<std::uint64_t>& grams) {
+  if (length == 0) return;
+  std::uint64_t hash = 0;
+  const std::size_t first = std::min(length, kGramLength);
+  for (std::size_t i = 0; i < first; ++i) hash = hash * kGramBase + folded[i] + 1;
+  const std::size_t begin = grams.size();
+  grams.resize(begin + length - first + 1);
+  std::uint64_t* out = grams.data() + begin;
+  *out++ = mix(hash);
+  std::uint64_t leaving = 1;
+  for (std::size_t i = 0; i < kGramLength; ++i) leaving *= kGramBase;
+  for (std::size_t i = first; i < length; ++i) {
+    hash = hash * kGramBase + folded[i] + 1 - leaving * (std::uint64_t{folded[i - kGramLength]} + 1);
+    *out++ = mix(hash);
+  }
+}
+
+// The round in the upper byte makes every throw of a round larger than any of the rounds before it.
+constexpr int kRoundShift = 56;
+static_assert(2 * kSketchBins <= 256, "a round fits one byte");
+constexpr int kBinBits = 7;
+static_assert(std::size_t{1} << kBinBits == kSketchBins, "a bin is chosen by some bits of a hash");
+
+void sketch(const std::vector<std::uint64_t>& grams, std::uint8_t* bytes) {
+  std::uint64_t least[kSketchBins];
+  std::fill_n(least, kSketchBins, std::numeric_limits<std::uint64_t>::max());
+  constexpr std::uint64_t value_mask = (std::uint64_t{1} << kRoundShift) - 1;
+  for (std::uint64_t round = 0; round < 2 * kSketchBins; ++round) {
+    // Gram hashes are mixed already, so the first round takes them as they are.
+    const std::uint64_t salt = round * kGramBase, top = round << kRoundShift;
+    for (const std::uint64_t gram : grams) {
+      const std::uint64_t hash = round == 0 ? gram : mix(gram + salt);
+      const std::size_t bin =
+          round < kSketchBins ? static_cast<std::size_t>(hash >> (64 - kBinBits)) : round - kSketchBins;
+      const std::uint64_t value = (hash & value_mask) | top;
+      if (value < least[bin]) least[bin] = value;
+    }
+    if (std::find(least, least + kSketchBins, std::numeric_limits<std::uint64_t>::max()) == least + kSketchBins) break;
+  }
+  for (std::size_t bin = 0; bin < kSketchBins; ++bin) bytes[bin] = static_cast<std::uint8_t>(least[bin]);
+}
+
+}  // namespace
+
+void gram_hashes(const std::uint32_t* folded, std::size_t length, std::vector<std::uint64_t>& grams) {
+  grams.clear();
+  add_gram_hashes(folded, length, grams);
+}
+
+std::vector<std::uint64_t> text_keys(const Folding& folding, const TextView* texts, std::size_t num_texts) {
+  return document_keys(folding, texts, nullptr, num_texts);
+}
+
+std::vector<std::uint64_t> document_keys(const Folding& folding, const TextView* texts, const TextView* others,
+                                         std::size_t num_documents) {
+  std::vector<std::uint64_t> keys(2 * num_documents);
+  std::vector<std::uint32_t> folded;
+  for (std::size_t d = 0; d < num_documents; ++d) {
+    const Key key = key_of_document(folding, texts[d], others == nullptr ? nullptr : others + d, folded);
+    keys[2 * d] = key.words[0];
+    keys[2 * d + 1] = key.words[1];
+  }
+  return keys;
+}
+
+std::vector<std::uint8_t> document_sketches(const Folding& folding, const Folding& exact, const TextView* texts,
+                                            const TextView* others, std::size_t num_documents) {
+  std::vector<std::uint8_t> sketches(num_documents * kSketchBins);
+  std::vector<std::uint32_t> folded;
+  std::vector<std::uint64_t> grams;
+  for (std::size_t d = 0; d < num_documents; ++d) {
+    grams.clear();
+    folding.fold(texts[d], folded);
+    add_gram_hashes(folded.data(), folded.size(), grams);
+    if (others != nullptr) {
+      folding.fold(others[d], folded);
+      add_gram_hashes(folded.data(), folded.size(), grams);
+    }
+    if (grams.empty()) {
+      grams.push_back(key_of_document(exact, texts[d], others == nullptr ? nullptr : others + d, folded).words[0]);
+    }
+    sketch(grams, sketches.data() + d * kSketchBins);
+  }
+  return sketches;
+}
+
+std::vector<std::uint8_t> near_earlier(const std::uint8_t* sketches, std::size_t num_documents, std::size_t num_bins,
+                                       const std::int64_t* group_starts, std::size_t num_groups,
+                                       const std::uint8_t* asked, std::int64_t min_agreeing, std::int64_t max_earlier) {
+  if (group_starts[0] != 0 || group_starts[num_groups] != static_cast<std::int64_t>(num_documents)) {
+    throw std::invalid_argument("groups do not begin at 0 and end at " + std::to_string(num_documents) + ".");
+  }
+  for (std::size_t g = 0; g < num_groups; ++g) {
+    if (group_starts[g] > group_starts[g + 1]) throw std::invalid_argument("group_starts decrease.");
+  }
+  std::vector<std::uint8_t> near(num_documents, 0);
+  for (std::size_t g = 0; g < num_groups; ++g) {
+    for (std::int64_t later = group_starts[g] + 1; later < group_starts[g + 1]; ++later) {
+      if (asked[later] == 0) continue;
+      const std::uint8_t* mine = sketches + static_cast<std::size_t>(later) * num_bins;
+      const std::int64_t end = std::min(later, group_starts[g] + max_earlier);
+      for (std::int64_t earlier = group_starts[g]; earlier < end; ++earlier) {
+        const std::uint8_t* its = sketches + static_cast<std::size_t>(earlier) * num_bins;
+        std::int32_t agreeing = 0;
+        for (std::size_t bin = 0; bin < num_bins; ++bin) agreeing += mine[bin] == its[bin];
+        if (agreeing >= min_agreeing) {
+          near[static_cast<std::size_t>(later)] = 1;
+          break;
+        }
+      }
+    }
+  }
+  return near;
+}
+
+}  // namespace xalign
