@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from megatron_xalign import _native
 
 CSRC = Path(__file__).parents[1] / "csrc"
+PARTS = {"blend": ["blend", "blend_order"]}
+"""Files under csrc/src that a program under csrc/tests needs, where they are not the one of its name."""
 WEIGHTS = st.lists(st.integers(0, 10**12), min_size=1, max_size=12).filter(any)
 
 
@@ -168,7 +170,8 @@ def test_the_librarys_own_tests_pass(name: str, tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("no C++ compiler here")
     program = tmp_path / name
-    sources = [str(CSRC / "tests" / f"test_{name}.cpp"), str(CSRC / "src" / f"{name}.cpp")]
+    files = [CSRC / "tests" / f"test_{name}.cpp", *(CSRC / "src" / f"{part}.cpp" for part in PARTS.get(name, [name]))]
+    sources = [str(path) for path in files]
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-DNDEBUG", f"-I{CSRC / 'include'}"]
     command = [compiler, *flags, *sources, "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)

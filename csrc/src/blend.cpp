@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <queue>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -84,52 +83,6 @@ class Quotas {
 };
 
 }  // namespace
-
-std::vector<std::int32_t> blend_order(const std::int64_t* weights, std::size_t num_sources, std::int64_t num_samples) {
-  require(num_sources > 0, "weights is empty.");
-  require(num_sources <= static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max()), "too many sources.");
-  require(num_samples >= 0, "num_samples=" + std::to_string(num_samples) + " is negative.");
-  std::int64_t total = 0;
-  for (std::size_t j = 0; j < num_sources; ++j) {
-    require(weights[j] >= 0, "weights[" + std::to_string(j) + "]=" + std::to_string(weights[j]) + " is negative.");
-    require(weights[j] <= std::numeric_limits<std::int64_t>::max() - total, "weights add up to more than int64 holds.");
-    total += weights[j];
-  }
-  require(total > 0, "all weights are zero.");
-
-  std::vector<std::int64_t> given(num_sources, 0);
-  // Item i (from 0) of source j may take slot k (from 1) once k * w > i * total, and must by the time that
-  // k * w reaches (i + 1) * total.
-  const auto release = [&](std::int32_t j) {
-    const auto at = static_cast<std::size_t>(j);
-    return static_cast<int128>(given[at]) * total / weights[at] + 1;
-  };
-  const auto later = [&](std::int32_t a, std::int32_t b) {
-    const auto at = static_cast<std::size_t>(a), bt = static_cast<std::size_t>(b);
-    const int128 left = static_cast<int128>(given[at] + 1) * weights[bt];
-    const int128 right = static_cast<int128>(given[bt] + 1) * weights[at];
-    return left != right ? left > right : a > b;
-  };
-  std::priority_queue<std::int32_t, std::vector<std::int32_t>, decltype(later)> ready(later);
-  using Waiting = std::pair<int128, std::int32_t>;
-  std::priority_queue<Waiting, std::vector<Waiting>, std::greater<Waiting>> waiting;
-  for (std::size_t j = 0; j < num_sources; ++j) {
-    if (weights[j] > 0) ready.push(static_cast<std::int32_t>(j));
-  }
-  std::vector<std::int32_t> order(static_cast<std::size_t>(num_samples));
-  for (std::int64_t slot = 1; slot <= num_samples; ++slot) {
-    while (!waiting.empty() && waiting.top().first <= slot) {
-      ready.push(waiting.top().second);
-      waiting.pop();
-    }
-    const std::int32_t source = ready.top();
-    ready.pop();
-    order[static_cast<std::size_t>(slot - 1)] = source;
-    ++given[static_cast<std::size_t>(source)];
-    waiting.emplace(release(source), source);
-  }
-  return order;
-}
 
 BlendOfWindows blend_windows(const BlendTarget& target, const std::vector<WindowCounts>& sources,
                              std::int64_t num_samples) {

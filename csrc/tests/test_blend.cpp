@@ -1,5 +1,6 @@
 #include "xalign/blend.h"
 
+#include <algorithm>
 #include <limits>
 #include <stdexcept>
 
@@ -59,16 +60,47 @@ void huge_weights_do_not_overflow() {
   CHECK_THROWS(order_of({large, large, 2}, 1), std::invalid_argument);
 }
 
-void full_windows_of_one_language_come_in_blend_order() {
-  const std::vector<std::int64_t> weights = {7, 3, 5, 11, 1};
-  const std::vector<std::int32_t> full(300, 64);
-  auto target = plain_target(1);
-  target.language_of_source.assign(5, 0);
-  target.source_weights = weights;
-  const std::vector<xalign::WindowCounts> sources(5, {full.data(), 300});
-  const auto blend = blend_windows(target, sources, 300);
-  CHECK(blend.exhausted_source == -1);
-  CHECK(blend.source_of_sample == order_of(weights, 300));
+void calls_of_any_size_give_one_order() {
+  std::uint64_t state = 3;
+  for (int trial = 0; trial < 30; ++trial) {
+    std::vector<std::int64_t> weights(1 + scramble(state) % 600);
+    for (auto& weight : weights) weight = static_cast<std::int64_t>(1 + scramble(state) % (trial % 2 ? 1000000000 : 3));
+    const auto whole = order_of(weights, 20000);
+    xalign::BlendOrder parts(weights.data(), weights.size());
+    std::vector<std::uint16_t> order(20000);
+    for (std::size_t done = 0; done < order.size();) {
+      const auto now = std::min<std::size_t>(1 + scramble(state) % (trial % 3 ? 5000 : 10), order.size() - done);
+      parts.fill(order.data() + done, static_cast<std::int64_t>(now));
+      done += now;
+    }
+    CHECK(parts.num_samples() == 20000);
+    for (std::size_t k = 0; k < order.size(); ++k) CHECK(order[k] == whole[k]);
+  }
+  const std::int64_t one = 1;
+  std::uint8_t byte;
+  xalign::BlendOrder single(&one, 1);
+  CHECK_THROWS(single.fill(&byte, -1), std::invalid_argument);
+  const std::vector<std::int64_t> many(257, 1);
+  xalign::BlendOrder wide(many.data(), many.size());
+  CHECK_THROWS(wide.fill(&byte, 1), std::invalid_argument);
+}
+
+void many_sources_of_very_different_weights_stay_within_one_sample() {
+  std::uint64_t state = 5;
+  std::vector<std::int64_t> weights(3000);
+  __extension__ typedef __int128 int128;
+  int128 total = 0;
+  for (auto& weight : weights) total += weight = std::int64_t{1} << (scramble(state) % 48);
+  const auto order = order_of(weights, 60000);
+  std::vector<std::int64_t> given(weights.size(), 0);
+  for (std::size_t k = 1; k <= order.size(); ++k) {
+    ++given[static_cast<std::size_t>(order[k - 1])];
+    if (k % 7 > 0 && k > 500) continue;
+    for (std::size_t j = 0; j < weights.size(); ++j) {
+      const int128 deviation = given[j] * total - static_cast<int128>(k) * weights[j];
+      CHECK(deviation < total && deviation > -total);
+    }
+  }
 }
 
 void a_source_that_runs_out_is_named_and_changes_nothing_before() {
@@ -123,7 +155,8 @@ void contradictions_are_refused() {
 int main() {
   every_prefix_is_within_one_sample_of_its_quota();
   huge_weights_do_not_overflow();
-  full_windows_of_one_language_come_in_blend_order();
+  calls_of_any_size_give_one_order();
+  many_sources_of_very_different_weights_stay_within_one_sample();
   a_source_that_runs_out_is_named_and_changes_nothing_before();
   contradictions_are_refused();
 }
