@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xalign import __version__
-from megatron_xalign.errors import ConfigError, XAlignError
+from megatron_xalign.errors import ConfigError, StoppedEarly, XAlignError
 
 Handler = Callable[[argparse.Namespace], int]
 INTERRUPTED = 130
+STOPPED_EARLY = 75
+"""EX_TEMPFAIL: not done, no error; the same command goes on."""
 
 _EXAMPLES = {
     "xalign": """
@@ -57,7 +59,8 @@ examples:
   xalign train RUN.yaml --set data.mixture.parallel_fraction=0.02 --set output_dir=runs/p0.02 --dry-run
   torchrun --nproc-per-node 8 tools/train.py RUN.yaml     where a scheduler starts the processes
 
-A run that was stopped continues from its newest whole checkpoint by the same command.
+A run that was stopped continues from its newest whole checkpoint by the same command. SIGTERM, SIGUSR1 and
+training.exit_duration_minutes make it save and exit with code 75, for schedulers that requeue.
 """,
     "preprocess": """
 examples:
@@ -100,7 +103,8 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
         argv: arguments after the verb; those of the process if left out.
 
     Returns:
-        0 when the job is done, 1 when it failed, 2 for wrong usage, 130 when interrupted.
+        0 when the job is done, 1 when it failed, 2 for wrong usage, 75 when it was asked to stop and saved its state,
+        130 when interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
@@ -119,6 +123,11 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
         if not launch.in_worker():
             print("\nxalign: interrupted; the same command continues where it stopped.", file=sys.stderr)
         return INTERRUPTED
+    except StoppedEarly as stop:
+        launch.report_stop(str(stop))
+        if not launch.in_worker() and os.environ.get("RANK", "0") == "0":
+            print(f"xalign: {stop} The same command continues; exit code {STOPPED_EARLY}.", file=sys.stderr)
+        return STOPPED_EARLY
     except XAlignError as error:
         launch.report_failure(error)
         # In a job of many processes the launcher names the first cause once; every rank saying it would bury it.

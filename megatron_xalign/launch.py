@@ -17,12 +17,17 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
-from megatron_xalign.errors import WorkerError, XAlignError
+import psutil
+
+from megatron_xalign.errors import StoppedEarly, WorkerError, XAlignError
 from megatron_xalign.formats.atomic import write_json
 
 _ERROR_FOLDER = "XALIGN_ERROR_FOLDER"
+_STOPPED = "stopped.json"
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 1.0
 
@@ -38,6 +43,8 @@ def run_workers(arguments: list[str], processes: int, master_port: int | None = 
     Raises:
         WorkerError: the port is in use, or a worker failed; names the first cause.
         KeyboardInterrupt: the job was interrupted; the workers have been stopped.
+        StoppedEarly: the workers saved their state and left, because they, or this process, received SIGTERM or
+            SIGUSR1, or their time was up.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -55,14 +62,26 @@ def run_workers(arguments: list[str], processes: int, master_port: int | None = 
             min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=f"xalign-{os.getpid()}",
             rdzv_backend="c10d", rdzv_endpoint=f"localhost:{master_port or 0}", max_restarts=0, monitor_interval=0.1,
         )
+        before = signal.signal(signal.SIGUSR1, _pass_on)
         try:
             elastic_launch(config, sys.executable)("-m", "megatron_xalign", *arguments)
-        except ChildFailedError as error:
+        except (ChildFailedError, SignalException) as error:
+            stopped = Path(errors) / _STOPPED
+            if stopped.is_file():
+                raise StoppedEarly(str(json.loads(stopped.read_text(encoding="utf-8")))) from None
+            if isinstance(error, SignalException):
+                raise KeyboardInterrupt from error
             raise WorkerError(_first_cause(error, Path(errors))) from None
-        except SignalException as error:
-            raise KeyboardInterrupt from error
         finally:
+            signal.signal(signal.SIGUSR1, before)
             del os.environ[_ERROR_FOLDER]
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Hand a signal to the workers, for which the agent does not care."""
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            child.send_signal(number)
 
 
 def check_port(port: int) -> None:
@@ -97,6 +116,14 @@ def report_failure(error: BaseException) -> None:
         if follows or not expected:
             # A peer that was killed may be noticed here before the agent has seen it end; let it be seen first.
             time.sleep(_GRACE_SECONDS)
+
+
+def report_stop(text: str) -> None:
+    """Called in a worker that was asked to stop and has saved: leave the reason where ``run_workers`` finds it."""
+    folder = os.environ.get(_ERROR_FOLDER)
+    if folder and "RANK" in os.environ:
+        # Every worker, not the first: the agent ends the others as soon as one has left.
+        write_json(Path(folder) / _STOPPED, text)
 
 
 def in_worker() -> bool:

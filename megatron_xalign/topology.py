@@ -29,6 +29,22 @@ _times_met = 0
 
 
 @dataclass(frozen=True, kw_only=True)
+class LocalPart:
+    """This process's part of an array that tensor and pipeline ranks hold in equal, consecutive parts."""
+
+    tensor: torch.Tensor
+    """The part."""
+    tensor_axis: int | None = None
+    """Axis that is divided over tensor-parallel ranks; None if each holds all of it."""
+    pipeline_axis: int | None = None
+    """Axis that is divided over pipeline stages; None if each holds all of it."""
+
+
+ObserverState = tuple[dict[str, Any], dict[str, LocalPart]]
+"""What an observer needs to go on from a checkpoint: JSON-able values, the same on every process, and arrays."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ranks:
     """This process among the others. Collectives must be called by every process of the axis, in the same order."""
 

@@ -210,8 +210,13 @@ def train(config: RunConfig) -> Path:
                     probe=probe, languages=blend.languages, eod_id=tokenizer.eod,
                 )
             )
+        if newest:
+            for observer in observers:
+                state = checkpoint.load_observer_state(newest, observer.name, observer.parts_of, ranks)
+                if state is not None:
+                    observer.restore(state)
 
-        def save(step: int, loss_sums: loop.LossState) -> Path:
+        def save(step: int, loss_sums: loop.LossState, states: dict[str, topology.ObserverState]) -> Path:
             path = checkpoint.save_checkpoint(
                 run.checkpoints, step, model_chunks, optimizer.megatron, optimizer.scheduler, ranks,
                 {
@@ -219,6 +224,7 @@ def train(config: RunConfig) -> Path:
                     "tokenizer_sha256": tokenizer.sha256, "consumed_samples": step * config.training.global_batch_size,
                     "loss_sums": loss_sums,
                 },
+                states,
             )
             if config.training.keep_checkpoints and ranks.rank == 0:
                 checkpoint.prune(run.checkpoints, config.training.keep_checkpoints)

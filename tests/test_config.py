@@ -74,7 +74,6 @@ def test_an_optional_group_can_be_switched_on_by_an_override(tmp_path: Path) -> 
         ("model: {hidden_size: 100, num_attention_heads: 6}", "hidden_size=100 is not divisible"),
         ("model: 3", "model=3 should be a group of settings"),
         ("parallel: {tensor_model_parallel_size: 4}", "num_attention_heads=6 is not divisible"),
-        ("capture: {probe_interval_steps: 30}", "save_interval_steps=50 is not a multiple"),
         ("data: {sources: [{max_repeats: 2}]}", "data.sources.0.prefix is missing"),
         ("[1, 2]", "holds a list"),
         ("a: [1", "is not YAML"),

@@ -9,6 +9,8 @@ digits of float64; counts are exact. One matrix product with a one-hot matrix su
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
 from megatron_xalign.batch import Batch
@@ -88,6 +90,14 @@ class StreamSums:
             total.zero_()
         self._max_KLF.fill_(-torch.inf)
         self._batch = None
+
+    def set(self, totals: Mapping[str, torch.Tensor], tokens_K: Sequence[int]) -> None:
+        """Go on from totals named ``sum_KLF``, ``sum_of_squares_KLF``, ``max_KLF``, ``positive_KLF``,
+        ``gate_positive_KLF``."""
+        self.reset()
+        self.tokens_K += torch.tensor(tokens_K, dtype=torch.int64, device=self.tokens_K.device)
+        for name, total in totals.items():
+            getattr(self, name).copy_(total)
 
     def take_gates(self, row: int, gate_SBF: torch.Tensor, micro_batch: MicroBatch) -> None:
         """Add one micro-batch's gates of one layer."""

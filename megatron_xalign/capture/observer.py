@@ -1,6 +1,7 @@
 """Watches a run: probes the model at intervals, sums the stream of training batches, writes both to ``neurons/``.
 
-Has the four moments of a training observer (``before_step``, ``after_step``, ``after_save``, ``close``).
+Has the four moments of a training observer (``before_step``, ``after_step``, ``after_save``, ``close``), and a state
+for checkpoints: the sums since the last probe.
 """
 
 # K languages, L layers, F ffn width
@@ -29,7 +30,7 @@ from megatron_xalign.capture.probe import (
 )
 from megatron_xalign.capture.recorder import Recorder
 from megatron_xalign.config import RunConfig
-from megatron_xalign.errors import ConfigError
+from megatron_xalign.errors import CheckpointError, ConfigError
 from megatron_xalign.formats.neuron_stats import (
     Shard,
     ShardEntry,
@@ -39,9 +40,11 @@ from megatron_xalign.formats.neuron_stats import (
     stats_folder,
     write_shard,
 )
-from megatron_xalign.topology import Ranks
+from megatron_xalign.topology import LocalPart, ObserverState, Ranks
 
 log = logging.getLogger(__name__)
+
+_SUMS = ("sum_KLF", "sum_of_squares_KLF", "max_KLF", "positive_KLF", "gate_positive_KLF")
 
 
 class NeuronObserver:
@@ -106,6 +109,47 @@ class NeuronObserver:
             config.training.micro_batch_size * ranks.data_size
         )
 
+    name = "neurons"
+
+    def state(self) -> ObserverState:
+        """The sums of the window that a checkpoint cuts in two, over all data-parallel ranks."""
+        if self._sums is None or self._window_first is None:
+            return {"window_first": None}, {}
+        totals = self._totals()
+        tokens_K = self._ranks.sum_over(self._sums.tokens_K, "data")
+        return (
+            {"window_first": self._window_first, "languages": list(self._languages), "tokens_K": tokens_K.tolist()},
+            {name: self._part(total) for name, total in totals.items()},
+        )
+
+    def parts_of(self, values: Mapping[str, Any]) -> dict[str, LocalPart]:
+        """Arrays that go with stored values, to be filled from a checkpoint.
+
+        Raises:
+            CheckpointError: they were summed for other languages, or this run does not sum.
+        """
+        if values["window_first"] is None:
+            return {}
+        if self._sums is None or tuple(values["languages"]) != self._languages:
+            raise CheckpointError(
+                f"the checkpoint holds neuron sums of {', '.join(values['languages'])} since step "
+                f"{values['window_first']}; this run captures "
+                f"{'no stream' if self._sums is None else ', '.join(self._languages)}. Resume with the settings of its "
+                "config.yaml."
+            )
+        return {name: self._part(torch.empty_like(getattr(self._sums, name))) for name in _SUMS}
+
+    def restore(self, state: ObserverState) -> None:
+        """Go on from a state; one data-parallel rank holds the sums of all."""
+        values, parts = state
+        self._window_first = values["window_first"]
+        if self._sums is None or self._window_first is None:
+            return
+        if self._ranks.data_rank == 0:
+            self._sums.set({name: part.tensor for name, part in parts.items()}, values["tokens_K"])
+        else:
+            self._sums.reset()
+
     def before_step(self, step: int) -> None:
         """Probe the untrained model; listen to the coming step if it is one of those to be summed."""
         if step == 0:
@@ -129,7 +173,7 @@ class NeuronObserver:
             self._window_first = None
 
     def after_save(self, step: int, path: Path) -> None:
-        """Nothing: what is captured restarts at every probe, and checkpoints fall on probes."""
+        """Nothing: what is captured travels in the checkpoint."""
 
     def close(self) -> None:
         """Take all hooks away; called however training ended."""
@@ -188,19 +232,24 @@ class NeuronObserver:
         return arrays
 
     def _stream_arrays(self) -> dict[str, np.ndarray]:
-        sums, ranks = self._sums, self._ranks
-        assert sums is not None
-        totals = {
-            "stream_sum_KLF": ranks.sum_over(sums.sum_KLF, "data"),
-            "stream_sum_of_squares_KLF": ranks.sum_over(sums.sum_of_squares_KLF, "data"),
-            "stream_max_KLF": torch.stack(ranks.gather_over(sums.max_KLF, "data")).amax(0),
-            "stream_positive_KLF": ranks.sum_over(sums.positive_KLF, "data"),
-            "stream_gate_positive_KLF": ranks.sum_over(sums.gate_positive_KLF, "data"),
-        }
-        tokens_K = ranks.sum_over(sums.tokens_K, "data")
+        assert self._sums is not None
+        totals = {f"stream_{name}": total for name, total in self._totals().items()}
+        tokens_K = self._ranks.sum_over(self._sums.tokens_K, "data")
         if self._holds_totals():
             totals["stream_tokens_K"] = tokens_K
         return {name: total.cpu().numpy() for name, total in totals.items()}
+
+    def _totals(self) -> dict[str, torch.Tensor]:
+        """The sums over all data-parallel ranks, by their names in ``StreamSums``."""
+        sums, ranks = self._sums, self._ranks
+        assert sums is not None
+        largest = torch.stack(ranks.gather_over(sums.max_KLF, "data")).amax(0)
+        return {
+            name: largest if name == "max_KLF" else ranks.sum_over(getattr(sums, name), "data") for name in _SUMS
+        }
+
+    def _part(self, tensor_KLF: torch.Tensor) -> LocalPart:
+        return LocalPart(tensor=tensor_KLF, tensor_axis=2, pipeline_axis=1)
 
     def _holds_totals(self) -> bool:
         """Whether this process writes the arrays that no layer or neuron belongs to; the loss is known here."""

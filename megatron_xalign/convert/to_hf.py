@@ -28,6 +28,7 @@ from megatron_xalign.progress import progress_bar
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_NOT_OF_THE_MODEL = ("optimizer.", "observers.")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -144,7 +145,7 @@ def plan_moves(
                 for name, view in zip(names.hugging_face_names(weight, layer), views, strict=True)
             )
             moves.append(_Move(source, layer, views, targets))
-    unknown = [name for name in reader.names() if name not in used and not name.startswith("optimizer.")]
+    unknown = [name for name in reader.names() if name not in used and not name.startswith(_NOT_OF_THE_MODEL)]
     if unknown:
         raise CheckpointError(
             f"{reader.folder} holds {', '.join(unknown)}, which {names.architecture(model)} with these settings does "

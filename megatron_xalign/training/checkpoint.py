@@ -21,7 +21,7 @@ import queue
 import random
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,21 +51,24 @@ from megatron_xalign.formats.checkpoint_folder import (
     remove_leftovers,
     step_folder,
 )
-from megatron_xalign.topology import Ranks
+from megatron_xalign.topology import LocalPart, ObserverState, Ranks
 
-__all__ = ["latest_checkpoint", "load_checkpoint", "load_weights", "prune", "save_checkpoint", "unwrap"]
+__all__ = [
+    "latest_checkpoint", "load_checkpoint", "load_observer_state", "load_weights", "prune", "save_checkpoint", "unwrap",
+]
 
 EXTRA_KEYS = ("config", "consumed_samples", "tokenizer_sha256", "vocab_size")
 """What ``extra`` must hold, for resuming and for conversion."""
 
 _MAIN_WEIGHT = "optimizer.state.param."
+_OBSERVER = "observers."
 
 log = logging.getLogger(__name__)
 
 
 def save_checkpoint(
     folder: str | Path, step: int, model_chunks: Sequence[Any], optimizer: Any, scheduler: Any, ranks: Ranks,
-    extra: dict[str, Any],
+    extra: dict[str, Any], observers: Mapping[str, ObserverState] | None = None,
 ) -> Path:
     """Write the state after ``step`` optimizer steps. Every process of the job calls it.
 
@@ -78,6 +81,7 @@ def save_checkpoint(
         ranks: this process's place.
         extra: what else describes the run, JSON-able and the same on every process. ``config`` (the run's config as a
             tree), ``vocab_size`` (before padding), ``tokenizer_sha256`` and ``consumed_samples`` must be there.
+        observers: state of observers by name; arrays must be the same on all data-parallel ranks.
 
     Returns:
         The checkpoint, ``folder/step-000100``.
@@ -97,14 +101,21 @@ def save_checkpoint(
             remove_leftovers(folder)
             partial.mkdir()
     try:
-        _write_tensors(partial, model_chunks, optimizer, scheduler, ranks)
+        parts = {
+            f"{_OBSERVER}{name}.{array}": part
+            for name, (_, parts) in (observers or {}).items()
+            for array, part in parts.items()
+        }
+        _write_tensors(partial, model_chunks, optimizer, scheduler, ranks, _sharded(parts, ranks))
         with _together(ranks, f"cannot write random states to {partial}"):
             _write_random_state(_random_state_file(partial, ranks.rank), ranks)
         ranks.barrier()
         files = _describe_files(partial, ranks)
         with _together(ranks, f"cannot complete {final}"):
             if ranks.rank == 0:
-                write_json(partial / MANIFEST, _manifest(step, ranks, _uses_distributed(optimizer), extra, files))
+                values = {name: state[0] for name, state in (observers or {}).items()}
+                manifest = _manifest(step, ranks, _uses_distributed(optimizer), extra, files)
+                write_json(partial / MANIFEST, manifest | {"observers": values})
                 sync_folder(partial)
                 replace_folder(partial, final)
     except CheckpointError:
@@ -169,6 +180,39 @@ def load_weights(folder: str | Path, model_chunks: Sequence[Any], ranks: Ranks) 
     return {"step": manifest["step"], "extra": manifest["extra"]}
 
 
+def load_observer_state(
+    folder: str | Path, name: str, parts: Callable[[dict[str, Any]], Mapping[str, LocalPart]], ranks: Ranks
+) -> ObserverState | None:
+    """Read what an observer left in a checkpoint, cut for this process's place, whatever layout wrote it.
+
+    Args:
+        folder: one checkpoint.
+        name: the observer's.
+        parts: from the stored values to the arrays that go with them; their tensors are filled.
+        ranks: this process's place.
+
+    Returns:
+        The state; None if the checkpoint has none of this observer.
+
+    Raises:
+        CheckpointError: the arrays are missing or of another shape.
+    """
+    folder = Path(folder)
+    values = read_manifest(folder).get("observers", {}).get(name)
+    if values is None:
+        return None
+    wanted = dict(parts(values))
+    if not wanted:
+        return values, {}
+    loaded = _load_with_core(_sharded({f"{_OBSERVER}{name}.{array}": p for array, p in wanted.items()}, ranks), folder)
+    return values, {
+        array: LocalPart(
+            tensor=loaded[f"{_OBSERVER}{name}.{array}"], tensor_axis=part.tensor_axis, pipeline_axis=part.pipeline_axis
+        )
+        for array, part in wanted.items()
+    }
+
+
 def latest_checkpoint(folder: str | Path, ranks: Ranks | None = None) -> Path | None:
     """The newest checkpoint of a run whose files are all there and unchanged; None if there is none.
 
@@ -208,12 +252,12 @@ def _together(ranks: Ranks, what: str) -> Iterator[None]:
 
 
 def _write_tensors(
-    partial: Path, model_chunks: Sequence[Any], optimizer: Any, scheduler: Any, ranks: Ranks
+    partial: Path, model_chunks: Sequence[Any], optimizer: Any, scheduler: Any, ranks: Ranks, observed: dict[str, Any]
 ) -> None:
     from megatron.core import dist_checkpointing
 
     model_state = _model_state(model_chunks)
-    state: dict[str, Any] = {**model_state}
+    state: dict[str, Any] = {**model_state, **observed}
     step = _initialize_state(optimizer)
     state["optimizer"] = _optimizer_state(optimizer, model_state, is_loading=False)
     state["optimizer_step"] = step
@@ -232,6 +276,23 @@ def _write_tensors(
                 if (partial / name).exists():
                     with (partial / name).open("rb") as file:
                         os.fsync(file.fileno())
+
+
+def _sharded(parts: Mapping[str, LocalPart], ranks: Ranks) -> dict[str, Any]:
+    """Megatron's description of arrays that lie over tensor and pipeline ranks."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    described = {}
+    for name, part in parts.items():
+        places = ((part.tensor_axis, ranks.tensor_rank, ranks.tensor_size),
+                  (part.pipeline_axis, ranks.pipeline_rank, ranks.pipeline_size))
+        # Ranks that hold the same numbers are replicas, of which the first writes.
+        copies = [ranks.data_rank, *(rank for axis, rank, _ in places if axis is None)]
+        described[name] = ShardedTensor.from_rank_offsets(
+            name, part.tensor, *((axis, rank, size) for axis, rank, size in places if axis is not None),
+            replica_id=tuple(copies),
+        )
+    return described
 
 
 @contextmanager

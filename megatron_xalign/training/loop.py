@@ -8,16 +8,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from megatron_xalign.batch import Batch, CurrentBatch
 from megatron_xalign.config import TrainingConfig
-from megatron_xalign.errors import ConfigError, XAlignError
+from megatron_xalign.errors import ConfigError, StoppedEarly, XAlignError
 from megatron_xalign.progress import progress_bar
-from megatron_xalign.topology import Ranks
+from megatron_xalign.topology import ObserverState, Ranks
 from megatron_xalign.training.forward import forward_backward
 from megatron_xalign.training.metrics import LossSums, append_metrics, truncate_metrics
 from megatron_xalign.training.optimizer import Optimizer
+from megatron_xalign.training.stopping import StopRequest
 
 GetBatch = Callable[[list[int]], Batch]
 """Samples of the run, by number, as one micro-batch."""
@@ -32,7 +33,8 @@ class Observer(Protocol):
     """Something that watches training. ``step`` counts finished optimizer steps.
 
     Every process has its observers and all of them are called at the same moments, so they may use collectives. An
-    observer that raises stops the run.
+    observer that raises stops the run. One that has to go on from a checkpoint has two methods more, ``state`` and
+    ``restore`` (``StatefulObserver``).
     """
 
     def before_step(self, step: int) -> None:
@@ -52,6 +54,21 @@ class Observer(Protocol):
         """Called once, however the run ends."""
 
 
+@runtime_checkable
+class StatefulObserver(Protocol):
+    """An observer whose state travels in checkpoints."""
+
+    name: str
+    """Its name there."""
+
+    def state(self) -> ObserverState:
+        """What it needs to go on; arrays are the same on all data-parallel ranks. Every process calls it."""
+
+    def restore(self, state: ObserverState) -> None:
+        """Go on from a state. Also called after every save with what was saved: a resumed run goes on from sums over
+        all ranks, and so must this one, to end with the same last bits."""
+
+
 def fit(
     model_chunks: Sequence[Any],
     optimizer: Optimizer,
@@ -60,7 +77,7 @@ def fit(
     ranks: Ranks,
     *,
     metrics_path: Path,
-    save: Callable[[int, LossState], Path],
+    save: Callable[[int, LossState, dict[str, ObserverState]], Path],
     languages: Sequence[str],
     source_names: Sequence[str],
     observers: Sequence[Observer] = (),
@@ -80,7 +97,7 @@ def fit(
         ranks: this process's place.
         metrics_path: ``metrics.jsonl``; lines after ``start_step`` are removed from it first.
         save: writes the checkpoint of a step, called by every process; returns its path. It also gets the loss sums
-            of the unfinished logging interval.
+            of the unfinished logging interval and the state of observers that have one.
         languages: what language ids in batches count.
         source_names: what source ids in batches count.
         observers: called in this order at the moments of ``Observer``.
@@ -94,6 +111,7 @@ def fit(
     Raises:
         ConfigError: the global batch cannot be divided over data-parallel ranks and micro-batches.
         XAlignError: loss or gradient norm is not a finite number.
+        StoppedEarly: a signal or the time limit asked for it; the state after the last step is saved.
     """
     num_microbatches = _num_microbatches(config, ranks)
     current_batch = current_batch or CurrentBatch()
@@ -106,6 +124,7 @@ def fit(
     with ExitStack() as stack:
         for observer in observers:
             stack.callback(observer.close)
+        stop = stack.enter_context(StopRequest(ranks, config.exit_duration_minutes))
         bar = stack.enter_context(progress_bar(config.train_steps, "training", " steps", initial=start_step))
         for chunk in model_chunks:
             chunk.train()
@@ -153,15 +172,22 @@ def fit(
             for observer in observers:
                 with _named(observer, "after_step", done):
                     observer.after_step(done, metrics)
-            if done % config.save_interval_steps == 0 or done == config.train_steps:
+            reason = stop.agreed() if done < config.train_steps else None
+            if done % config.save_interval_steps == 0 or done == config.train_steps or reason:
                 loss_sums = losses.state()
-                path = save(done, loss_sums)
+                stateful = [observer for observer in observers if isinstance(observer, StatefulObserver)]
+                states = {observer.name: observer.state() for observer in stateful}
+                path = save(done, loss_sums, states)
                 # A resumed run goes on from the rounded sums of the checkpoint; so does this one, to the same last bit.
                 losses.restore(loss_sums)
+                for observer in stateful:
+                    observer.restore(states[observer.name])
                 for observer in observers:
                     with _named(observer, "after_save", done):
                         observer.after_save(done, path)
             bar.update(1)
+            if reason:
+                raise StoppedEarly(f"stopped after step {done} of {config.train_steps} because {reason}; saved {path}.")
     return line
 
 

@@ -3,8 +3,10 @@
     job.py FOLDER SCENARIO_JSON...
 
 A scenario is ``{"name", "tensor", "pipeline", "sequence_parallel", "recompute", "micro_batch", "capture", "naive",
-"resume_at"}``; each leaves ``FOLDER/NAME/`` with the run's ``neurons/`` and, of the first process, ``outcome.npz``.
-``naive`` collects raw activations with hooks of its own, the oracle of the others.
+"resume_at", "stop_at", "checkpoint"}``; each leaves ``FOLDER/NAME/`` with the run's ``neurons/`` and, of the first
+process, ``outcome.npz``. ``stop_at`` ends a run in the middle of a window with a checkpoint in ``FOLDER/CHECKPOINT``,
+and a run with ``checkpoint`` and no ``stop_at`` goes on from there, on any layout. ``naive`` collects raw activations
+with hooks of its own, the oracle of the others.
 """
 
 from __future__ import annotations
@@ -139,6 +141,7 @@ class Naive:
 
 
 def run(config: RunConfig, ranks: topology.Ranks, scenario: dict[str, Any]) -> None:
+    from megatron_xalign.training import checkpoint
     from megatron_xalign.training.forward import build_forward_only
     from megatron_xalign.training.loop import fit
     from megatron_xalign.training.model import build_model
@@ -154,6 +157,18 @@ def run(config: RunConfig, ranks: topology.Ranks, scenario: dict[str, Any]) -> N
     folder, current, outcome = Path(config.output_dir), CurrentBatch(), {}
     folder.mkdir(parents=True, exist_ok=True)
 
+    states: dict[str, topology.ObserverState] = {}
+    checkpoints = Path(config.output_dir).parent / scenario.get("checkpoint", "checkpoints")
+
+    def save(step: int, sums: Any, observed: dict[str, topology.ObserverState]) -> Path:
+        states.update(observed)
+        if "stop_at" not in scenario:
+            return folder
+        extra = {"config": {}, "vocab_size": VOCAB, "tokenizer_sha256": "", "consumed_samples": 0}
+        return checkpoint.save_checkpoint(
+            checkpoints, step, chunks, optimizer.megatron, optimizer.scheduler, ranks, extra, observed
+        )
+
     def fit_until(start_step: int, stop_step: int) -> None:
         observers: list[Any] = []
         if scenario.get("capture", True):
@@ -164,20 +179,33 @@ def run(config: RunConfig, ranks: topology.Ranks, scenario: dict[str, Any]) -> N
                     probe=probe(), languages=LANGUAGES, eod_id=EOD,
                 )
             )
+            if start_step and "checkpoint" in scenario:
+                watcher = observers[0]
+                newest = checkpoint.latest_checkpoint(checkpoints, ranks)
+                watcher.restore(checkpoint.load_observer_state(newest, watcher.name, watcher.parts_of, ranks))
+            elif start_step:
+                observers[0].restore(states["neurons"])
         if scenario.get("naive"):
             observers.append(Naive(chunks[0], outcome))
         line = fit(
             chunks, optimizer, lambda numbers: collate([sample(number) for number in numbers]),
             dataclasses.replace(config.training, train_steps=stop_step), ranks, metrics_path=folder / "metrics.jsonl",
-            save=lambda step, sums: folder, languages=LANGUAGES, source_names=["source"], observers=observers,
+            save=save, languages=LANGUAGES, source_names=["source"], observers=observers,
             current_batch=current, start_step=start_step,
         )
         outcome["loss"], outcome["grad_norm"] = np.array(line["loss"]), np.array(line["grad_norm"])
 
     resume_at = scenario.get("resume_at", 0)
-    if resume_at:
-        fit_until(0, resume_at)
-    fit_until(resume_at, STEPS)
+    if "stop_at" in scenario:
+        fit_until(0, scenario["stop_at"])
+    elif "checkpoint" in scenario:
+        newest = checkpoint.latest_checkpoint(checkpoints, ranks)
+        found = checkpoint.load_checkpoint(newest, chunks, optimizer.megatron, optimizer.scheduler, ranks)
+        fit_until(found["step"], STEPS)
+    else:
+        if resume_at:
+            fit_until(0, resume_at)
+        fit_until(resume_at, STEPS)
     outcome["hooks"] = np.array(
         sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for chunk in chunks for m in chunk.modules())
     )

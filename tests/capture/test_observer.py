@@ -31,7 +31,6 @@ def run(
         output_dir=str(folder), capture=CaptureConfig(**capture), data=DataConfig(seq_length=LENGTH),
         training=TrainingConfig(
             train_steps=steps, global_batch_size=4, micro_batch_size=2,
-            save_interval_steps=capture.get("probe_interval_steps", 50),
         ),
     )
     model, current = model or Model(), CurrentBatch()

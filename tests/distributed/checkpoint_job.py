@@ -77,7 +77,7 @@ class Run:
             self.chunks, config.optimizer, parallel=config.parallel, params_dtype=dtype, train_steps=STEPS
         )
 
-    def save(self, step: int, losses: object = None) -> Path:
+    def save(self, step: int, losses: object = None, states: object = None) -> Path:
         from megatron_xalign.training.checkpoint import save_checkpoint
 
         extra = {

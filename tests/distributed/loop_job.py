@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 from megatron_xalign import topology
 from megatron_xalign.batch import Batch, collate
 from megatron_xalign.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
-from megatron_xalign.errors import XAlignError
+from megatron_xalign.errors import StoppedEarly, XAlignError
 
 PARALLEL = ParallelConfig()
 MODEL = ModelConfig(num_layers=1, hidden_size=16, ffn_hidden_size=16, num_attention_heads=2)
@@ -61,6 +63,9 @@ def examine(folder: str) -> dict[str, Any]:
             "not a number": _run(place / "nan", ranks, poisoned=9),
             "not a number, unclipped": _run(place / "unclipped", ranks, OPTIMIZER_UNCLIPPED, poisoned=9),
             "unclipped": _run(place / "clip0", ranks, OPTIMIZER_UNCLIPPED),
+            "told to stop": _run(place / "told", ranks, signalled_at=2),
+            "out of time": _run(place / "time", ranks, training=_changed(TRAINING, exit_duration_minutes=1e-6)),
+            "told at the end": _run(place / "end", ranks, signalled_at=4),
             "odd batch": _run(place / "odd", ranks, training=ODD, data_size=4),
             "warm-up too long": _run(place / "warm", ranks, OptimizerConfig(lr_warmup_steps=5)),
             "lr": {
@@ -108,6 +113,7 @@ def _run(
     start_step: int = 0,
     fail_at: tuple[str, int] | None = None,
     poisoned: int = -1,
+    signalled_at: int = -1,
     data_size: int = 1,
 ) -> dict[str, Any]:
     """One run, whose sample ``poisoned`` has a loss that is not a number; what happened in it."""
@@ -119,9 +125,11 @@ def _run(
 
     def get_batch(numbers: list[int]) -> Batch:
         read.append(numbers)
+        if numbers[0] == signalled_at * training.global_batch_size:
+            os.kill(os.getpid(), signal.SIGUSR1)
         return collate([_sample(number, float("nan") if number == poisoned else 1.0) for number in numbers])
 
-    def save(step: int, loss_sums: Any) -> Path:
+    def save(step: int, loss_sums: Any, states: Any) -> Path:
         events.append(["save", step])
         return folder / f"step-{step}"
 
@@ -134,7 +142,7 @@ def _run(
             save=save, languages=["eng_Latn"], source_names=["mono"], start_step=start_step,
             observers=[Watcher("a", events, fail_at), Watcher("b", events)],
         )
-    except (XAlignError, OSError) as error:
+    except (XAlignError, StoppedEarly, OSError) as error:
         seen |= {"error": f"{type(error).__name__}: {error}", "notes": getattr(error, "__notes__", [])}
     if metrics_path.exists():
         seen["lines"] = [json.loads(line) for line in metrics_path.read_text(encoding="utf-8").splitlines()]

@@ -94,7 +94,7 @@ def _train_and_save() -> None:
         fit(
             chunks, optimizer, lambda numbers: collate([_sample() for _ in numbers]),
             TrainingConfig(train_steps=1, global_batch_size=2, micro_batch_size=1), ranks,
-            metrics_path=Path(folder) / "metrics.jsonl", save=lambda step, sums: Path(folder), languages=[],
+            metrics_path=Path(folder) / "metrics.jsonl", save=lambda *state: Path(folder), languages=[],
             source_names=[],
         )
         save_checkpoint(

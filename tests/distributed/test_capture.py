@@ -52,6 +52,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"name": "on", "micro_batch": 2},
         {"name": "recompute", "micro_batch": 2, "recompute": "full"},
         {"name": "resumed", "micro_batch": 2, "resume_at": 2},
+        {"name": "resumed in a window", "micro_batch": 2, "resume_at": 1},
+        {"name": "stopped", "micro_batch": 2, "stop_at": 1, "checkpoint": "saved"},
+        {"name": "continued", "micro_batch": 2, "checkpoint": "saved"},
     )
     return folder
 
@@ -138,10 +141,20 @@ def test_training_is_the_same_bits_with_capture_on_and_off(alone: Path) -> None:
     assert on["loss"] == off["loss"] and on["grad_norm"] == off["grad_norm"]
 
 
-def test_a_resumed_run_writes_the_same_bytes(alone: Path) -> None:
+@pytest.mark.parametrize("name", ["resumed", "resumed in a window"])
+def test_a_resumed_run_writes_the_same_bytes(alone: Path, name: str) -> None:
     shard = "shard-tp0-pp0.safetensors"
     for step in (0, 2, 3):
-        uninterrupted, resumed = (stats_folder(alone / name, step) / shard for name in ("on", "resumed"))
+        uninterrupted, resumed = (stats_folder(alone / run, step) / shard for run in ("on", name))
+        assert uninterrupted.read_bytes() == resumed.read_bytes()
+
+
+def test_a_checkpoint_in_a_window_carries_its_sums(alone: Path) -> None:
+    shard = "shard-tp0-pp0.safetensors"
+    assert [step for step, _ in list_neuron_stats(alone / "stopped")] == [0]
+    assert [step for step, _ in list_neuron_stats(alone / "continued")] == [2, 3]
+    for step in (2, 3):
+        uninterrupted, resumed = (stats_folder(alone / run, step) / shard for run in ("on", "continued"))
         assert uninterrupted.read_bytes() == resumed.read_bytes()
 
 
@@ -172,3 +185,28 @@ def test_two_processes_capture_what_one_collects(
     run = tmp_path / scenario["name"]
     assert {path.stem.removeprefix("shard-") for path in stats_folder(run, 3).glob("*.safetensors")} == shards
     assert_like_naive(run, naive)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"tensor": 2, "micro_batch": 4}, {"pipeline": 2, "micro_batch": 2}),
+        ({"pipeline": 2, "micro_batch": 2}, {"micro_batch": 2}),
+        ({"micro_batch": 2}, {"tensor": 2, "sequence_parallel": True, "micro_batch": 4}),
+    ],
+    ids=["tp2 to pp2", "pp2 to dp2", "dp2 to tp2 sp"],
+)
+def test_sums_of_a_cut_window_go_on_under_another_layout(
+    tmp_path: Path, naive: Outcome, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    run_job(
+        tmp_path, 2,
+        {"name": "stopped", "stop_at": 1, "checkpoint": "saved", **before},
+        {"name": "continued", "checkpoint": "saved", **after},
+    )
+    found = list_neuron_stats(tmp_path / "continued")
+    assert [step for step, _ in found] == [2, 3]
+    for _, path in found:
+        stats = read_neuron_stats(path)
+        assert_stream(stats, naive)
+        assert_probe(stats, naive)

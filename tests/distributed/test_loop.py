@@ -92,6 +92,23 @@ def test_a_batch_that_cannot_be_divided_over_ranks_is_refused(runs: dict[str, An
         assert part in said
 
 
+def test_a_signal_lets_the_step_end_and_saves(runs: dict[str, Any]) -> None:
+    told = runs["told to stop"]
+    assert told["error"].startswith("StoppedEarly: stopped after step 3 of 5 because it received SIGUSR1; saved ")
+    assert told["events"] == moments(0, 3, saved=[2, 3], logged=[3])
+
+
+def test_a_run_that_is_out_of_time_saves_after_the_step(runs: dict[str, Any]) -> None:
+    late = runs["out of time"]
+    assert "after step 1 of 5 because its 1e-06 minutes (training.exit_duration_minutes) are over" in late["error"]
+    assert late["events"] == moments(0, 1, saved=[1], logged=[])
+
+
+def test_a_signal_in_the_last_step_changes_nothing(runs: dict[str, Any]) -> None:
+    assert runs["told at the end"]["error"] == ""
+    assert runs["told at the end"]["events"] == runs["whole"]["events"]
+
+
 def test_a_warm_up_as_long_as_the_run_is_refused(runs: dict[str, Any]) -> None:
     said = runs["warm-up too long"]["error"]
     for part in ("ConfigError", "lr_warmup_steps=5", "train_steps=5", "at most 4"):

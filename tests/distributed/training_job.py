@@ -116,7 +116,7 @@ def _train(
         prober = Prober(build_forward_only(chunks, ranks, current_batch), probe_lengths or [])
         metrics_path = folder / f"{name}.jsonl"
         fit(
-            chunks, optimizer, get_batch, training, ranks, metrics_path=metrics_path, save=lambda step, sums: folder,
+            chunks, optimizer, get_batch, training, ranks, metrics_path=metrics_path, save=lambda *state: folder,
             languages=LANGUAGES, source_names=SOURCES, current_batch=current_batch,
             observers=[prober] if probe_lengths else [],
         )

@@ -134,10 +134,10 @@ def test_another_seed_in_the_same_folder_is_refused_by_name(finished: Path, xali
     assert {path: path.read_bytes() for path in (finished / "out").rglob("*.yaml")} == before
 
 
-def test_a_run_interrupted_and_then_killed_ends_with_the_numbers_of_an_undisturbed_one(
+def test_a_run_told_to_stop_interrupted_and_then_killed_ends_with_the_numbers_of_an_undisturbed_one(
     finished: Path, tmp_path: Path, xalign: Xalign
 ) -> None:
-    """Ctrl-C, then a hard kill, then to the end: metrics and last statistics equal the undisturbed run's."""
+    """SIGUSR1 and SIGTERM, Ctrl-C, a hard kill, then to the end: metrics and statistics equal the undisturbed run's."""
     out = tmp_path / "out"
     shutil.copytree(finished / "out" / "corpus", out / "corpus")
     shutil.copytree(finished / "out" / "tokenizer", out / "tokenizer")
@@ -146,7 +146,9 @@ def test_a_run_interrupted_and_then_killed_ends_with_the_numbers_of_an_undisturb
     (tmp_path / "run.yaml").write_text(config.replace(str(finished / "out"), str(out)), encoding="utf-8")
     run = out / "runs" / "p0"
     command = [sys.executable, "-m", "megatron_xalign", "train", str(tmp_path / "run.yaml"), "--nproc-per-node", "2"]
-    for wanted, ending in ((3, signal.SIGINT), (7, signal.SIGKILL)):  # logged steps seen before the end
+    exit_codes = {signal.SIGUSR1: 75, signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
+    # Logged steps seen before the end.
+    for wanted, ending in zip((1, 2, 3, 7), exit_codes, strict=True):
         process = subprocess.Popen(
             command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -157,7 +159,7 @@ def test_a_run_interrupted_and_then_killed_ends_with_the_numbers_of_an_undisturb
             time.sleep(0.02)
         assert process.poll() is None, "the run ended before it could be killed"
         process.send_signal(ending)
-        assert process.wait(timeout=90) == (130 if ending == signal.SIGINT else -signal.SIGKILL)
+        assert process.wait(timeout=90) == exit_codes[ending]
         wait_for_orphans(str(tmp_path / "run.yaml"))
     xalign("train", tmp_path / "run.yaml", "--nproc-per-node", "2")
     assert metrics(run) == metrics(finished / "out" / "runs" / "p0")
