@@ -1,4 +1,4 @@
-// The only file that knows Python: checks dtype and rank, frees the GIL, calls, returns an array.
+// The bindings*.cpp are the only files that know Python: they check dtype and rank, free the GIL, call, return an array.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings.h"
 #include "xalign/blend.h"
 #include "xalign/folding.h"
 #include "xalign/minhash.h"
@@ -19,42 +20,9 @@
 #include "xalign/probe_index.h"
 #include "xalign/windows.h"
 
-namespace py = pybind11;
-
 namespace {
 
-// Data of a C-contiguous array of exactly this type and rank; a silent conversion would hide a copy of the whole array.
-template <typename T>
-const T* data_of(const py::array& array, py::ssize_t rank, const char* name) {
-  if (!py::isinstance<py::array_t<T>>(array)) {
-    throw std::invalid_argument(std::string(name) + " has dtype " + py::cast<std::string>(py::str(array.dtype())) +
-                                "; " + py::cast<std::string>(py::str(py::dtype::of<T>())) + " is expected.");
-  }
-  if (array.ndim() != rank) {
-    throw std::invalid_argument(std::string(name) + " has " + std::to_string(array.ndim()) + " axes; " +
-                                std::to_string(rank) + " expected.");
-  }
-  if ((array.flags() & py::array::c_style) == 0) {
-    throw std::invalid_argument(std::string(name) + " is not contiguous.");
-  }
-  return static_cast<const T*>(array.data());
-}
-
-std::size_t length_of(const py::array& array) { return static_cast<std::size_t>(array.shape(0)); }
-
-// Hands a vector's memory to NumPy without copying it.
-template <typename T, typename Item>
-py::array_t<T> to_array(std::vector<Item>&& items, std::vector<py::ssize_t> shape) {
-  auto* kept = new std::vector<Item>(std::move(items));
-  py::capsule owner(kept, [](void* memory) { delete static_cast<std::vector<Item>*>(memory); });
-  return py::array_t<T>(std::move(shape), reinterpret_cast<const T*>(kept->data()), owner);
-}
-
-template <typename T>
-py::array_t<T> to_array(std::vector<T>&& items) {
-  const auto size = static_cast<py::ssize_t>(items.size());
-  return to_array<T, T>(std::move(items), {size});
-}
+using namespace xalign_python;
 
 py::array_t<std::int32_t> blend_order(const py::array& weights, std::optional<std::int64_t> num_samples) {
   const auto* data = data_of<std::int64_t>(weights, 1, "weights");
@@ -325,6 +293,7 @@ void define_texts(py::module_& module) {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
+  bind_streams(module);
   module.doc() = "libxalign: the C++ under csrc/. Contracts stand in csrc/include/xalign/*.h, types in _native.pyi.";
   module.def("blend_order", &blend_order, py::arg("weights"), py::arg("num_samples") = py::none());
   module.def("blend_windows", &blend_windows, py::arg("window_counts"), py::arg("num_samples"), py::kw_only(),

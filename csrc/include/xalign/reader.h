@@ -47,16 +47,16 @@ struct ReadOptions {
   bool eod_mask_loss = false;       // no loss where the input is an end-of-document token
 };
 
-// A caller's buffers, each [num_samples, seq_length] row by row; nullptr: not wanted.
+// A caller's buffers, each [num_samples, seq_length] row by row.
 struct BatchArrays {
-  std::int64_t* tokens = nullptr;        // padding: padding_token
-  std::int64_t* labels = nullptr;        // without a label: padding_token
-  std::int64_t* position_ids = nullptr;  // 0.. in the sample, padding included; or in each document, padding like one
-  float* loss_mask = nullptr;            // 1 where the label bears loss
-  std::int8_t* language_ids = nullptr;   // language of each input, -1 for none
-  std::int8_t* label_language_ids = nullptr;
-  std::int16_t* source_ids = nullptr;   // source of each input; padding: -1
-  std::int32_t* document_ids = nullptr;  // 0, 1, 2, .. in each sample; padding: -1
+  std::int64_t* tokens;        // padding: padding_token
+  std::int64_t* labels;        // where there is none: padding_token
+  std::int64_t* position_ids;  // in the sample or, with reset_position_ids, in the document; padding counts on
+  float* loss_mask;            // 1 where the label bears loss
+  std::int8_t* language_ids;   // of each input, a language of the run; -1: none
+  std::int8_t* label_language_ids;
+  std::int16_t* source_ids;    // of each input; padding: -1
+  std::int32_t* document_ids;  // 0, 1, 2, .. in each sample; padding: -1
 };
 
 struct MissingEpoch {
@@ -65,9 +65,11 @@ struct MissingEpoch {
 };
 
 // Fills the rows of a batch. Returns the epochs that have to be there first; if there are any, nothing was written.
-// Throws std::out_of_range if there is no such sample, std::invalid_argument if the streams differ in seq_length or the
-// index contradicts itself, damaged_file.
+// Throws std::out_of_range if there is no such sample, std::invalid_argument if seq_length is below 1, there are more
+// than 32,767 streams, or the index names a source or tokens that are not there; damaged_file, also on a token id
+// outside the vocabulary of its file.
 std::vector<MissingEpoch> read_batch(const SampleIndex& index, const Streams& streams, const std::int64_t* samples,
-                                     std::size_t num_samples, const ReadOptions& options, const BatchArrays& batch);
+                                     std::size_t num_samples, std::int64_t seq_length, const ReadOptions& options,
+                                     const BatchArrays& batch);
 
 }  // namespace xalign

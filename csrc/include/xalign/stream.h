@@ -10,18 +10,13 @@
 #include <mutex>
 #include <optional>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
+#include "xalign/packing.h"
 #include "xalign/permutation.h"
+#include "xalign/token_view.h"
 
 namespace xalign {
-
-// A token file contradicts itself: the message names the file and the document.
-class damaged_file : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
 
 class SourceStream;
 
@@ -33,40 +28,6 @@ class missing_epoch : public std::runtime_error {
   std::int64_t epoch;
 };
 
-enum class TokenType { uint8, int8, int16, uint16, int32, int64 };
-std::int64_t bytes_of(TokenType type);
-
-// Which tokens of a file belong to a language.
-enum class Content {
-  all,            // every one
-  all_but_last,   // every one but the last of each document, its end-of-document token
-  spans,          // as the spans say
-  not_eod,        // every one that is not the end-of-document id
-};
-
-// A token file as its memory maps hold it; the memory belongs to somebody else and may be unaligned. Nothing in it is
-// trusted: everything is checked when it is used.
-struct TokenFileView {
-  std::string name;  // for messages
-  const void* tokens = nullptr;
-  TokenType type = TokenType::uint16;
-  std::int64_t num_tokens = 0;
-  std::int64_t num_documents = 0;
-  const void* lengths = nullptr;   // int32 [num_documents] in tokens; nullptr: a document ends where the next begins
-  const void* pointers = nullptr;  // int64 [num_documents] in bytes
-  Content content = Content::all;
-  std::int64_t eod = -1;
-  const void* span_ends = nullptr;       // int64 [num_spans], exclusive, in tokens of the file, increasing
-  const void* span_languages = nullptr;  // int8 [num_spans], language of the file or -1
-  std::int64_t num_spans = 0;
-  std::vector<std::int8_t> run_language;  // language of the run of each language of the file; one, unless with spans
-};
-
-struct DocumentPlace {
-  std::int64_t document;  // of the file
-  std::int64_t length;    // in tokens
-};
-
 // Tokens of one document that a sample reads.
 struct Piece {
   std::int32_t source;    // of the run
@@ -75,23 +36,37 @@ struct Piece {
   std::int64_t tokens;    // how many, at least one
 };
 
+struct DocumentPlace {
+  std::int64_t document;  // of the file
+  std::int64_t length;    // in tokens
+};
+
 // How a stream is cut into windows.
 struct Cutting {
   std::int64_t seq_length = 0;
-  // false: at every seq_length tokens; a window reads one token more, which is the first of the next.
-  // true: no document is cut; windows hold whole documents of at most seq_length tokens together, packed by best fit.
+  // false: at every seq_length tokens; a window reads one token more, which is the first of the next. As Megatron's
+  // build_sample_idx; the last seq_length tokens or fewer of an epoch are in no window.
+  // true: no document is cut; windows are packings (packing.h) of whole documents, seq_length tokens or fewer.
   bool whole_documents = false;
 };
 
-// One reading of a part of a file, and then another, in other orders. Draw d of windows (or documents) counts over
-// epochs. Threads may share an object.
+// Rows that counting fills, one for each window or document; any pointer but content may be nullptr.
+template <typename Count>
+struct Counts {
+  Count* content = nullptr;  // [rows, languages of the file]: tokens of each language among the inputs
+  Count* tokens = nullptr;   // [rows]: inputs that are no padding
+  Count* eod = nullptr;      // [rows]: end-of-document tokens among the inputs
+};
+
+// A part of a file read again and again, every epoch in another order. Windows and documents have draws, numbers that
+// count over epochs in the order they are read. Threads may share an object.
 class SourceStream {
  public:
   static constexpr std::int64_t kStride = 32;
+  static constexpr std::int64_t kMostEpochs = std::int64_t{1} << 20;
 
-  // The documents that the split permutation has at positions part_begin..part_end-1; without a key, the file's order
-  // is the split permutation. Throws std::invalid_argument if the part is not inside the file or seq_length is not in
-  // 1..2147483646.
+  // The documents that the split permutation has at positions part_begin..part_end-1; without a key it is the file's
+  // own order. Throws std::invalid_argument if the part is not inside the file, or seq_length is outside 1..2^31 - 2.
   SourceStream(TokenFileView file, Cutting cutting, std::optional<std::uint64_t> split_key, std::int64_t part_begin,
                std::int64_t part_end);
 
@@ -99,72 +74,88 @@ class SourceStream {
   const Cutting& cutting() const { return cutting_; }
   std::int64_t num_documents() const { return part_end_ - part_begin_; }
 
-  // Epochs are told their keys first (of the order of documents, and of windows) ...
+  // An epoch is told its keys (for the order of documents, and of windows) before anything else. Throws
+  // std::invalid_argument if it is outside 0..kMostEpochs-1 or has other keys.
   void set_keys(std::int64_t epoch, std::uint64_t documents_key, std::uint64_t windows_key);
-  // ... then built, or given what an earlier build returned.
-  //
-  // Where every kStride-th document begins and, last, the tokens of the stream: num_documents / kStride rounded up, + 1
-  // numbers. Exact, the same for any number of threads. Throws damaged_file, std::overflow_error.
+
+  // Where every kStride-th document begins in the stream and, last, the tokens of the stream: [num_documents / kStride
+  // rounded up, + 1]. Exact, and the same for any number of threads. Throws missing_epoch without keys, damaged_file
+  // also if a whole file's documents do not add up to its tokens.
   std::vector<std::int64_t> build_starts(std::int64_t epoch, int num_threads) const;
+  // Gives an epoch what build_starts returned, now or in an earlier run; the keeper keeps the memory. Throws
+  // std::invalid_argument if it does not fit.
   void use_starts(std::int64_t epoch, const std::int64_t* starts, std::size_t size, std::shared_ptr<void> keeper);
-  // Best-fit packing of whole documents: documents of the file window after window, where each window begins in that
-  // list, and how many documents were longer than a window and left out. Deterministic. At most 64 windows are open at
-  // a time, so time is O(documents). Throws damaged_file.
-  struct Packing {
-    std::vector<std::int64_t> documents;
-    std::vector<std::int64_t> window_starts;  // number of windows + 1
-    std::int64_t left_out_documents = 0;
-    std::int64_t left_out_tokens = 0;
-  };
+
+  // The same with whole_documents. Time O(documents x open windows), one thread.
   Packing build_packing(std::int64_t epoch) const;
   void use_packing(std::int64_t epoch, const std::int64_t* documents, std::size_t num_documents,
-                   const std::int64_t* window_starts, std::size_t num_window_starts, std::shared_ptr<void> keeper);
-  bool has_windows(std::int64_t epoch) const;
+                   const std::int64_t* window_starts, std::size_t num_starts, std::shared_ptr<void> keeper);
 
-  // Windows of an epoch. Throws missing_epoch.
+  bool has_keys(std::int64_t epoch) const;
+  bool has_windows(std::int64_t epoch) const;
+  // Throws missing_epoch.
   std::int64_t num_windows(std::int64_t epoch) const;
-  // Appends the pieces that make a window: seq_length + 1 tokens, or at most seq_length with whole documents (then the
-  // last token has no label). Throws missing_epoch, damaged_file, std::out_of_range if there is no such draw.
+
+  // Appends what window `draw` reads: seq_length + 1 tokens or, of whole documents, seq_length at most. Throws
+  // missing_epoch, damaged_file, std::out_of_range if there is no such draw.
   void append_window(std::int64_t draw, std::int32_t source, std::vector<Piece>& pieces) const;
-  // A document by its draw. Needs only the keys of its epoch. Throws as append_window.
+  // A document by its draw. Its epoch needs keys only. Throws as append_window.
   DocumentPlace document(std::int64_t draw) const;
 
-  // Counts of windows or documents first..first+count-1 by draw, written row by row: content tokens of each language
-  // of the run (int32 [count, num_languages]), tokens that are no padding, and ends of documents among them that are
-  // end-of-document tokens. Windows of cut streams and documents alike. Throws as append_window.
-  struct Counts {
-    std::int32_t* content;       // [count, num_languages]
-    std::int32_t* tokens;        // [count]
-    std::int32_t* eod;           // [count]
-    std::int64_t num_languages;
-  };
-  void count_windows(std::int64_t first, std::int64_t count, const Counts& counts, int num_threads) const;
-  void count_documents(std::int64_t first, std::int64_t count, const Counts& counts, int num_threads) const;
+  // Counts all windows of an epoch, in the order they are drawn. Documents are gone through once, in the order of the
+  // stream; of a file whose only tokens without language are the last ones of documents neither tokens nor spans are
+  // read. Count is std::uint16_t (throws std::invalid_argument if seq_length is above 65,535) or std::int32_t.
+  template <typename Count>
+  void count_epoch(std::int64_t epoch, const Counts<Count>& counts, int num_threads) const;
+  // Counts documents by draw.
+  void count_documents(std::int64_t first, std::int64_t count, const Counts<std::int32_t>& counts,
+                       int num_threads) const;
 
-  // Documents whose first token is in one of the first windows drawn, and documents cut by a border of one of them; a
-  // document counts once per epoch. Documents without tokens count for nothing.
+  // How the windows with draws 0..num_windows-1 fall on documents, a document counted once per epoch; documents without
+  // tokens count for nothing.
   struct DocumentsRead {
-    std::int64_t begun;
-    std::int64_t cut;
+    std::int64_t begun = 0;  // whose first token is in one of the windows
+    std::int64_t cut = 0;    // that a border of one of the windows cuts
   };
   DocumentsRead documents_read(std::int64_t num_windows, int num_threads) const;
 
-  // Of one reading of the part: tokens, and content tokens of each language of the run.
+  // One reading of the part: tokens, and content tokens of each language of the file.
   struct Totals {
-    std::int64_t tokens;
+    std::int64_t tokens = 0;
     std::vector<std::int64_t> content;
   };
-  Totals totals(std::int64_t num_languages, int num_threads) const;
+  Totals totals(int num_threads) const;
 
  private:
   struct Epoch;
+  class Walk;
+  struct Window {
+    std::shared_ptr<const Epoch> epoch;
+    std::int64_t number;  // in the epoch, in the order of the stream
+  };
+
+  std::shared_ptr<const Epoch> keyed(std::int64_t number) const;
+  std::shared_ptr<const Epoch> indexed(std::int64_t number) const;
+  void put(std::int64_t number, const Epoch& epoch);
+  Window window_of(std::int64_t draw) const;
+  void append_cut(const Epoch& epoch, std::int64_t window, std::int32_t source, std::vector<Piece>& pieces) const;
+  void append_packed(const Epoch& epoch, std::int64_t window, std::int32_t source, std::vector<Piece>& pieces) const;
+  template <typename Count>
+  void count_cut(const Epoch& epoch, std::int64_t first, std::int64_t end, const Counts<Count>& counts) const;
+  template <typename Count>
+  void count_packed(const Epoch& epoch, std::int64_t first, std::int64_t end, const Counts<Count>& counts) const;
+  DocumentsRead read_of_cut(const Epoch& epoch, std::int64_t num_drawn, std::int64_t first_document,
+                            std::int64_t end_document) const;
+  void fill_documents(const Permutation& order, std::int64_t first, std::int64_t count, std::int64_t* documents) const;
+  [[noreturn]] void stale(const char* what) const;
+
   TokenFileView file_;
   Cutting cutting_;
-  Permutation split_;
-  bool has_split_;
   std::int64_t part_begin_, part_end_;
-  mutable std::mutex mutex_;
+  std::optional<Permutation> split_;
+  mutable std::mutex mutex_;  // guards what follows; an Epoch never changes once it is there
   std::vector<std::shared_ptr<const Epoch>> epochs_;
+  std::vector<std::int64_t> windows_until_;  // of epochs 0..i together, as far as all of them are indexed
 };
 
 }  // namespace xalign

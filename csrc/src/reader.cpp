@@ -1,0 +1,265 @@
+#include "xalign/reader.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace xalign {
+
+namespace {
+
+constexpr std::size_t kMostStreams = std::numeric_limits<std::int16_t>::max();
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+// A piece whose place in its file is known.
+struct PlacedPiece {
+  std::int32_t source;
+  std::int64_t document;
+  std::int64_t length;  // of the whole document
+  std::int64_t begin;
+  std::int64_t tokens;
+  std::int64_t first;  // token of the file
+};
+
+// Widens tokens to int64. False if one is negative or, with a vocabulary, not below its size.
+template <typename Token>
+bool widen(const void* from, std::int64_t first, std::int64_t count, std::int64_t vocab_size, std::int64_t* to) {
+  // The sign bit of `outside` is set by any id that is outside.
+  std::int64_t outside = 0;
+  const std::int64_t last = vocab_size > 0 ? vocab_size - 1 : std::numeric_limits<std::int64_t>::max();
+  if (sizeof(Token) <= 2) {
+    // Two bytes fit into 32 bits with room for the difference, and twice as many of those share an instruction.
+    const auto last_32 = static_cast<std::int32_t>(std::min<std::int64_t>(last, 1 << 20));
+    std::int32_t outside_32 = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+      const auto token = static_cast<std::int32_t>(item<Token>(from, first + i));
+      to[i] = token;
+      outside_32 |= token | (last_32 - token);
+    }
+    return outside_32 >= 0;
+  }
+  for (std::int64_t i = 0; i < count; ++i) {
+    const auto token = static_cast<std::int64_t>(item<Token>(from, first + i));
+    to[i] = token;
+    outside |= token | (token > last ? std::int64_t{-1} : 0);
+  }
+  return outside >= 0;
+}
+
+bool widen(const TokenFileView& file, std::int64_t first, std::int64_t count, std::int64_t* to) {
+  switch (file.type) {
+    case TokenType::uint8: return widen<std::uint8_t>(file.tokens, first, count, file.vocab_size, to);
+    case TokenType::int8: return widen<std::int8_t>(file.tokens, first, count, file.vocab_size, to);
+    case TokenType::int16: return widen<std::int16_t>(file.tokens, first, count, file.vocab_size, to);
+    case TokenType::uint16: return widen<std::uint16_t>(file.tokens, first, count, file.vocab_size, to);
+    case TokenType::int32: return widen<std::int32_t>(file.tokens, first, count, file.vocab_size, to);
+    case TokenType::int64: return widen<std::int64_t>(file.tokens, first, count, file.vocab_size, to);
+  }
+  throw std::invalid_argument("a token type that there is not.");
+}
+
+// One row of a batch being filled. Tokens and languages have seq_length + 1 places: the last is only a label.
+class Row {
+ public:
+  Row(const Streams& streams, std::int64_t seq_length, const ReadOptions& options)
+      : streams_(streams),
+        seq_length_(seq_length),
+        options_(options),
+        tokens_(static_cast<std::size_t>(seq_length) + 1),
+        languages_(static_cast<std::size_t>(seq_length) + 1) {}
+
+  void fill(const PlacedPiece* pieces, std::size_t num_pieces, const BatchArrays& batch, std::int64_t row) {
+    const std::int64_t at = row * seq_length_;
+    std::int64_t* const positions = batch.position_ids + at;
+    float* const loss = batch.loss_mask + at;
+    std::fill(loss, loss + seq_length_, 1.0F);
+    if (!options_.reset_position_ids) count_up(positions, seq_length_);
+    std::int64_t done = 0;
+    for (std::size_t i = 0; i < num_pieces; ++i) {
+      const PlacedPiece& piece = pieces[i];
+      add_tokens(piece, done);
+      const std::int64_t inputs = std::min(piece.tokens, seq_length_ - done);
+      std::fill_n(batch.source_ids + at + done, inputs, static_cast<std::int16_t>(piece.source));
+      std::fill_n(batch.document_ids + at + done, inputs, static_cast<std::int32_t>(i));
+      if (options_.reset_position_ids) count_up(positions + done, inputs);
+      if (options_.eod_mask_loss) mask_eod(piece, inputs, done, loss);
+      done += piece.tokens;
+    }
+    // What is left has no input; and the last token, unless it is a label itself, has none.
+    const std::int64_t inputs = std::min(done, seq_length_), missing = seq_length_ - inputs;
+    std::fill(tokens_.begin() + done, tokens_.end(), options_.padding_token);
+    std::fill(languages_.begin() + done, languages_.end(), std::int8_t{-1});
+    std::fill_n(batch.source_ids + at + inputs, missing, std::int16_t{-1});
+    std::fill_n(batch.document_ids + at + inputs, missing, std::int32_t{-1});
+    if (options_.reset_position_ids) count_up(positions + inputs, missing);
+    const std::int64_t labels = std::max<std::int64_t>(done - 1, 0);
+    std::fill(loss + labels, loss + seq_length_, 0.0F);
+    std::copy_n(tokens_.begin(), seq_length_, batch.tokens + at);
+    std::copy_n(tokens_.begin() + 1, seq_length_, batch.labels + at);
+    std::copy_n(languages_.begin(), seq_length_, batch.language_ids + at);
+    std::copy_n(languages_.begin() + 1, seq_length_, batch.label_language_ids + at);
+  }
+
+ private:
+  static void count_up(std::int64_t* numbers, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) numbers[i] = i;
+  }
+
+  void add_tokens(const PlacedPiece& piece, std::int64_t at) {
+    const TokenFileView& file = streams_[static_cast<std::size_t>(piece.source)]->file();
+    std::int64_t* const tokens = tokens_.data() + at;
+    if (!widen(file, piece.first, piece.tokens, tokens)) {
+      throw damaged_file(file.name + ": document " + std::to_string(piece.document) +
+                         " has a token id outside its vocabulary of " + std::to_string(file.vocab_size) +
+                         "; the file is damaged.");
+    }
+    std::int8_t* const languages = languages_.data() + at;
+    if (file.content == Content::spans) {
+      auto span = file.span_at(piece.first, piece.document);
+      for (std::int64_t done = 0; done < piece.tokens;) {
+        const std::int64_t until = std::min(span.end - piece.first, piece.tokens);
+        const std::int8_t language =
+            span.language < 0 ? std::int8_t{-1} : file.run_language[static_cast<std::size_t>(span.language)];
+        std::fill(languages + done, languages + until, language);
+        done = until;
+        if (done < piece.tokens) span = file.span_after(span, piece.document);
+      }
+      return;
+    }
+    std::fill_n(languages, piece.tokens, file.run_language[0]);
+    if (file.content == Content::all_but_last && piece.begin + piece.tokens == piece.length) {
+      languages[piece.tokens - 1] = -1;
+    } else if (file.content == Content::not_eod) {
+      for (std::int64_t i = 0; i < piece.tokens; ++i) languages[i] = tokens[i] == file.eod ? std::int8_t{-1} : languages[i];
+    }
+  }
+
+  // The same tokens as TokenFileView::count counts.
+  void mask_eod(const PlacedPiece& piece, std::int64_t inputs, std::int64_t at, float* loss) const {
+    const TokenFileView& file = streams_[static_cast<std::size_t>(piece.source)]->file();
+    if (file.content == Content::all) return;
+    if (file.content == Content::not_eod) {
+      for (std::int64_t i = at; i < at + inputs; ++i) {
+        if (tokens_[static_cast<std::size_t>(i)] == file.eod) loss[i] = 0.0F;
+      }
+    } else if (inputs > 0 && piece.begin + inputs == piece.length) {
+      const auto last = static_cast<std::size_t>(at + inputs - 1);
+      if (languages_[last] < 0) loss[last] = 0.0F;
+    }
+  }
+
+  const Streams& streams_;
+  std::int64_t seq_length_;
+  const ReadOptions& options_;
+  std::vector<std::int64_t> tokens_;
+  std::vector<std::int8_t> languages_;
+};
+
+// Where a piece lies in its file; its first tokens are on their way to the cache when this returns.
+PlacedPiece place(const Piece& piece, const Streams& streams) {
+  if (piece.source < 0 || static_cast<std::size_t>(piece.source) >= streams.size()) {
+    throw std::invalid_argument("the sample index names source " + std::to_string(piece.source) + " of " +
+                                std::to_string(streams.size()) + ".");
+  }
+  const TokenFileView& file = streams[static_cast<std::size_t>(piece.source)]->file();
+  if (piece.document < 0 || piece.document >= file.num_documents) {
+    throw std::invalid_argument("the sample index names document " + std::to_string(piece.document) + " of " +
+                                file.name + ", which has " + std::to_string(file.num_documents) + ".");
+  }
+  const std::int64_t length = file.length(piece.document);
+  if (piece.begin < 0 || piece.tokens <= 0 || piece.begin > length || piece.tokens > length - piece.begin) {
+    throw std::invalid_argument("the sample index names tokens " + std::to_string(piece.begin) + " and " +
+                                std::to_string(piece.tokens) + " from there on of document " +
+                                std::to_string(piece.document) + " of " + file.name + ", which has " +
+                                std::to_string(length) + ".");
+  }
+  const std::int64_t first = file.start(piece.document, length) + piece.begin;
+#if defined(__GNUC__)
+  __builtin_prefetch(static_cast<const char*>(file.tokens) + first * bytes_of(file.type));
+#endif
+  return {piece.source, piece.document, length, piece.begin, piece.tokens, first};
+}
+
+}  // namespace
+
+ListedSamples::ListedSamples(std::vector<std::int32_t> sources, std::vector<std::int64_t> draws)
+    : sources_(std::move(sources)), draws_(std::move(draws)) {
+  require(sources_.size() == draws_.size(), "sources and draws differ in length.");
+  for (std::size_t i = 0; i < sources_.size(); ++i) {
+    if (sources_[i] < 0 || draws_[i] < 0) {
+      throw std::invalid_argument("sample " + std::to_string(i) + " has a negative source or draw.");
+    }
+  }
+}
+
+void ListedSamples::append_pieces(std::int64_t sample, const Streams& streams, std::vector<Piece>& pieces) const {
+  if (sample < 0 || sample >= num_samples()) {
+    throw std::out_of_range("sample " + std::to_string(sample) + " of " + std::to_string(num_samples()) + ".");
+  }
+  const auto at = static_cast<std::size_t>(sample);
+  const auto source = static_cast<std::size_t>(sources_[at]);
+  if (source >= streams.size()) {
+    throw std::invalid_argument("sample " + std::to_string(sample) + " is of source " + std::to_string(source) +
+                                " of " + std::to_string(streams.size()) + ".");
+  }
+  streams[source]->append_window(draws_[at], sources_[at], pieces);
+}
+
+std::vector<MissingEpoch> read_batch(const SampleIndex& index, const Streams& streams, const std::int64_t* samples,
+                                     std::size_t num_samples, std::int64_t seq_length, const ReadOptions& options,
+                                     const BatchArrays& batch) {
+  require(seq_length >= 1, "seq_length=" + std::to_string(seq_length) + " is below 1.");
+  require(streams.size() <= kMostStreams, "there are " + std::to_string(streams.size()) + " sources; source ids have " +
+                                              std::to_string(kMostStreams) + " numbers.");
+  std::vector<Piece> pieces;
+  std::vector<std::size_t> ends;
+  std::vector<MissingEpoch> missing;
+  ends.reserve(num_samples);
+  for (std::size_t i = 0; i < num_samples; ++i) {
+    if (samples[i] < 0 || samples[i] >= index.num_samples()) {
+      throw std::out_of_range("sample " + std::to_string(samples[i]) + " of " + std::to_string(index.num_samples()) + ".");
+    }
+    try {
+      index.append_pieces(samples[i], streams, pieces);
+    } catch (const missing_epoch& absent) {
+      for (std::size_t source = 0; source < streams.size(); ++source) {
+        if (streams[source].get() == absent.stream) {
+          missing.push_back({static_cast<std::int32_t>(source), absent.epoch});
+        }
+      }
+      if (missing.empty()) throw;
+    }
+    ends.push_back(pieces.size());
+  }
+  if (!missing.empty()) return missing;
+
+  std::vector<PlacedPiece> placed;
+  placed.reserve(pieces.size());
+  std::size_t begin = 0;
+  for (std::size_t i = 0; i < num_samples; ++i) {
+    std::int64_t tokens = 0;
+    for (std::size_t at = begin; at < ends[i]; ++at) {
+      placed.push_back(place(pieces[at], streams));
+      tokens += pieces[at].tokens;
+      if (tokens > seq_length + 1) {
+        throw std::invalid_argument("the sample index gives sample " + std::to_string(samples[i]) +
+                                    " more than seq_length + 1 tokens.");
+      }
+    }
+    begin = ends[i];
+  }
+  Row row(streams, seq_length, options);
+  begin = 0;
+  for (std::size_t i = 0; i < num_samples; ++i) {
+    row.fill(placed.data() + begin, ends[i] - begin, batch, static_cast<std::int64_t>(i));
+    begin = ends[i];
+  }
+  return missing;
+}
+
+}  // namespace xalign
