@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
+import os
 import string
-import zlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_xalign.data.input_files import input_file
+from megatron_xalign.data.input_parts import undamaged
+from megatron_xalign.data.json_lines import MalformedError, object_in, text_in, texts_in
+from megatron_xalign.data.line_blocks import DiskBytes, decompress, line_blocks, text_of
+from megatron_xalign.data.reading import OnError, Place, Reading
 from megatron_xalign.errors import ConfigError, CorpusError
 from megatron_xalign.formats.token_file import Origin
 
-OnError = Literal["raise", "skip"]
+__all__ = [
+    "DEFAULT_TEMPLATE", "Direction", "Document", "OnError", "Reading", "hash_fraction", "pair_order", "parse_template",
+    "read_monolingual", "read_pairs", "read_probe", "render_pair",
+]
+
 Direction = Literal["forward", "backward", "random"]
 
 DEFAULT_TEMPLATE = "{source}\n{target}"
 """Source text, a line break, target text."""
+
+_BLOCK_BYTES = 1 << 20
+_MOST_LINE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +49,6 @@ class Document:
         return next(iter(self.texts)) if len(self.texts) == 1 else None
 
 
-@dataclass
-class Reading:
-    """How far a reader is and what it left out; readers fill it in while they run."""
-
-    documents: int = 0
-    """Documents yielded."""
-    bytes_read: int = 0
-    """Bytes of the file as it lies on disk (compressed, if it is), over all files so far."""
-    skipped: Counter[str] = field(default_factory=Counter)
-    """Lines left out, by reason."""
-
-
 def read_monolingual(
     path: str | Path,
     language: str,
@@ -62,7 +58,7 @@ def read_monolingual(
     on_error: OnError = "raise",
     reading: Reading | None = None,
 ) -> Iterator[Document]:
-    """Read JSON lines ``{"id": ..., "text": ...}`` of one language, gzipped if the name ends in ``.gz``.
+    """Read JSON lines ``{"id": ..., "text": ...}`` of one language, compressed if the name ends in ``.gz`` or ``.zst``.
 
     Args:
         path: the file.
@@ -75,13 +71,14 @@ def read_monolingual(
     Raises:
         CorpusError: the file is missing or damaged, or a line is malformed; file, line and reason are named.
     """
-    for where, content, state in _read_lines(Path(path), on_error, reading):
-        reason = _malformed_text(content, text_key)
-        if reason:
-            _reject(where, reason, on_error, state)
+    for place, number, content, state in _read_lines(Path(path), on_error, reading):
+        try:
+            text = text_in(content, text_key)
+        except MalformedError as error:
+            state.reject(place, number, error.reason, error.detail, on_error=on_error)
             continue
         state.documents += 1
-        yield Document(_identity(content, id_key, where), "monolingual", {language: content[text_key]})
+        yield Document(_identity(content, id_key, place, number), "monolingual", {language: text})
 
 
 def read_pairs(
@@ -96,7 +93,7 @@ def read_pairs(
     """Read JSON lines ``{"id": ..., "texts": {language: text, ...}}``; of several languages two are taken.
 
     Args:
-        path: the file, gzipped if its name ends in ``.gz``.
+        path: the file, compressed if its name ends in ``.gz`` or ``.zst``.
         languages: the two codes, in the order the document's texts get.
         texts_key: key of the texts.
         id_key: key of the id; a line without one is named ``FILE:LINE``.
@@ -108,33 +105,35 @@ def read_pairs(
     """
     if len(languages) != 2 or languages[0] == languages[1]:
         raise ValueError(f"languages={list(languages)} must be two different codes.")
-    for where, content, state in _read_lines(Path(path), on_error, reading):
-        texts: Any = content.get(texts_key)
-        if not isinstance(texts, dict):
-            reason = f'no "{texts_key}" that maps language codes to text'
-        else:
-            reason = next(filter(None, (_malformed_text(texts, code) for code in languages)), "")
-        if reason:
-            _reject(where, reason, on_error, state)
+    for place, number, content, state in _read_lines(Path(path), on_error, reading):
+        try:
+            texts = texts_in(content, texts_key)
+            sides = {code: text_in(texts, code) for code in languages}
+        except MalformedError as error:
+            state.reject(place, number, error.reason, error.detail, on_error=on_error)
             continue
         state.documents += 1
-        yield Document(_identity(content, id_key, where), "parallel", {code: texts[code] for code in languages})
+        yield Document(_identity(content, id_key, place, number), "parallel", sides)
 
 
 def read_probe(path: str | Path) -> Iterator[Document]:
     """Read held-out translations, JSON lines ``{"id": ..., "texts": {language: text, ...}}``, in any languages.
 
+    Args:
+        path: the file, compressed if its name ends in ``.gz`` or ``.zst``.
+
     Raises:
         CorpusError: the file is missing or damaged, or a line is malformed; file, line and reason are named.
     """
-    for where, content, _ in _read_lines(Path(path), "raise", None):
-        texts = content.get("texts")
-        if not isinstance(texts, dict) or not texts:
-            raise CorpusError(f'{where}: no "texts" that maps language codes to text.')
-        reason = next(filter(None, (_malformed_text(texts, code) for code in texts)), "")
-        if reason:
-            raise CorpusError(f"{where}: {reason}.")
-        yield Document(_identity(content, "id", where), "parallel", texts)
+    for place, number, content, _ in _read_lines(Path(path), "raise", None):
+        try:
+            texts = texts_in(content, "texts")
+            if not texts:
+                raise MalformedError('"texts" holds no text')
+            sides = {code: text_in(texts, code) for code in texts}
+        except MalformedError as error:
+            raise CorpusError(f"{place.where(number)}: {error.reason}{error.detail}.") from None
+        yield Document(_identity(content, "id", place, number), "parallel", sides)
 
 
 def parse_template(template: str) -> tuple[str, str, str]:
@@ -213,68 +212,36 @@ def render_pair(
 
 def _read_lines(
     path: Path, on_error: OnError, reading: Reading | None
-) -> Iterator[tuple[str, dict[str, Any], Reading]]:
-    """``FILE:LINE``, the line's object and the reading, for every line that is a JSON object."""
+) -> Iterator[tuple[Place, int, dict[str, Any], Reading]]:
+    """Where it is, the line's object and the reading, for every line that is a JSON object."""
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error={on_error!r} is neither 'raise' nor 'skip'.")
     state = reading if reading is not None else Reading()
-    before = state.bytes_read
-    try:
-        with path.open("rb") as raw, gzip.open(raw, "rb") if path.suffix == ".gz" else nullcontext(raw) as lines:
-            for number, line in enumerate(lines, 1):
-                # Of a compressed file this counts what was decompressed so far, give or take a buffer.
-                state.bytes_read = before + raw.tell() if path.suffix == ".gz" else state.bytes_read + len(line)
-                where = f"{path}:{number}"
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
+    if not os.path.lexists(path):
+        raise CorpusError(f"{path} does not exist.")
+    file = input_file(path, "jsonl")
+    place = Place(path)
+
+    def too_long(number: int) -> None:
+        state.reject(place, number, f"longer than {_MOST_LINE_BYTES:,} bytes", on_error=on_error)
+
+    with DiskBytes(file, state) as disk:
+        chunks = text_of(undamaged(decompress(disk.chunks(), file.compression), file), path, is_json=True)
+        for block in line_blocks(chunks, _BLOCK_BYTES, _MOST_LINE_BYTES, too_long):
+            for number, line in enumerate(block.data.split(b"\n")[: block.num_lines], block.first):
                 if not line.strip():
-                    state.skipped["blank line"] += 1
+                    state.leave_out("blank line")
                     continue
-                content, reason = _parse(line)
-                if reason:
-                    _reject(where, reason, on_error, state)
+                try:
+                    content = object_in(line)
+                except MalformedError as error:
+                    state.reject(place, number, error.reason, error.detail, on_error=on_error)
                 else:
-                    yield where, content, state
-    except FileNotFoundError:
-        raise CorpusError(f"{path} does not exist.") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise CorpusError(f"{path} is not a whole gzip file: {error}.") from None
-    except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error.strerror or error}.") from None
+                    yield place, number, content, state
 
 
-def _parse(line: bytes) -> tuple[dict[str, Any], str]:
-    try:
-        content = json.loads(line)
-    except UnicodeDecodeError as error:
-        return {}, f"not UTF-8 at byte {error.start}"
-    except (ValueError, RecursionError) as error:
-        return {}, f"not JSON: {error}"
-    if not isinstance(content, dict):
-        return {}, f"not a JSON object but {type(content).__name__}"
-    return content, ""
-
-
-def _malformed_text(content: Mapping[str, Any], key: str) -> str:
-    if key not in content:
-        return f'no "{key}"'
-    if not isinstance(content[key], str):
-        return f'"{key}" is {type(content[key]).__name__}, not text'
-    try:
-        content[key].encode("utf-8")
-    except UnicodeEncodeError:
-        return f'"{key}" holds half of a surrogate pair, which is no character'
-    return ""
-
-
-def _identity(content: Mapping[str, Any], key: str, where: str) -> str:
+def _identity(content: Mapping[str, Any], key: str, place: Place, number: int) -> str:
     value = content.get(key)
     if isinstance(value, (str, int)) and not isinstance(value, bool):
         return str(value)
-    return Path(where).name
-
-
-def _reject(where: str, reason: str, on_error: OnError, reading: Reading) -> None:
-    if on_error == "raise":
-        raise CorpusError(f"{where}: {reason}. Mend the line, or leave such lines out with on_error=skip.")
-    reading.skipped[reason.split(":")[0].split(" at byte")[0]] += 1
+    return Path(place.where(number)).name

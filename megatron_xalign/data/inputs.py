@@ -6,215 +6,179 @@ one after the other are those of the files one after the other.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from collections import deque
+from collections.abc import Iterator
 
-InputFormat = Literal["jsonl", "parquet", "text", "tsv", "moses", "tmx"]
-Compression = Literal["gz", "zst"]
-OnError = Literal["raise", "skip"]
-PairRule = Literal["pivot", "all"] | tuple[tuple[str, str], ...]
+from megatron_xalign.data.batches import Task, TextBatch, content_id
+from megatron_xalign.data.fields import Fields, LanguageCodes, PairRule
+from megatron_xalign.data.input_files import Compression, InputFile, InputFormat, find_inputs
+from megatron_xalign.data.input_parts import (
+    PART_BYTES,
+    Part,
+    Piece,
+    aligned_rule,
+    damaged,
+    languages_of,
+    path_of,
+    plan_parts,
+    tsv_columns,
+    undamaged,
+)
+from megatron_xalign.data.json_lines import layout_of, read_json_lines
+from megatron_xalign.data.line_blocks import Block, DamagedError, DiskBytes, decompress, line_blocks, text_of
+from megatron_xalign.data.parquet import read_row_groups
+from megatron_xalign.data.plain_lines import (
+    AlignedFile,
+    read_aligned,
+    read_paragraphs,
+    read_text_lines,
+    read_tsv,
+    read_whole_text,
+)
+from megatron_xalign.data.reading import OnError, Place, Reading
+from megatron_xalign.data.tmx import read_tmx
+from megatron_xalign.errors import CorpusError
 
-
-@dataclass(frozen=True)
-class InputFile:
-    """One file of a corpus as it lay on disk when it was found."""
-
-    path: Path
-    format: InputFormat
-    compression: Compression | None
-    num_bytes: int
-    """On disk."""
-    mtime_ns: int
-    language: str | None = None
-    """Given as ``LANGUAGE=PATH``, or for Moses the ending of its name; mapped by ``Fields.language_map`` when read."""
-    aligned_set: int | None = None
-    """Moses: files of the same number are aligned line by line."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of one file, or the same lines of several aligned ones."""
-
-    files: tuple[InputFile, ...]
-    begin: int
-    end: int
-    unit: Literal["bytes", "lines", "row groups", "file"]
-    """What ``begin`` and ``end`` count. A line belongs to the piece in whose bytes it begins; a ``file`` is whole."""
-    offsets: tuple[int, ...] = ()
-    """Aligned files: the byte of each at which line ``begin`` begins."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one worker reads at a time: consecutive pieces of the input, about ``part_bytes`` in all; hashable."""
-
-    index: int
-    pieces: tuple[Piece, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes on disk, about; for progress."""
-        raise NotImplementedError
-
-    def to_tree(self) -> dict[str, Any]:
-        """As JSON."""
-        raise NotImplementedError
-
-    @classmethod
-    def from_tree(cls, tree: Mapping[str, Any]) -> Part:
-        """From JSON."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fields:
-    """Where texts, languages and ids are found in a record; the same for every file of a job. Hashable."""
-
-    kind: Literal["monolingual", "pairs"]
-    text_key: str = "text"
-    """Monolingual: key, parquet column, or TSV column (a name of the first line, or a number from 1)."""
-    id_key: str = "id"
-    """Key of the id (text or integer); a record without one is named by its place."""
-    language: str | None = None
-    """Monolingual: language of files that have none of their own (``LANGUAGE=PATH``)."""
-    language_key: str | None = None
-    """Monolingual: key of the record's language (text, or a list whose first counts); goes before the other two."""
-    languages: tuple[str, ...] = ()
-    """Pairs: the languages wanted, two or more; their order decides the first side. Monolingual with ``language_key``:
-    the languages wanted. Empty, where records name their languages: all of them."""
-    language_map: tuple[tuple[str, str], ...] = ()
-    """(code in the data, code in the token file): ``(("en", "eng_Latn"), ("fi", "fin_Latn"))``; without regard to case,
-    and for a code with a region (``en-US``) also by what stands before it."""
-    texts_key: str = "texts"
-    """Pairs: key of ``{language: text, ...}``; used where ``side_keys`` is empty. ``translation`` in Hugging Face's data sets."""
-    side_keys: tuple[str, ...] = ()
-    """Pairs: the keys (or TSV columns) of the sides; their languages are ``languages``, in this order, or those of
-    ``side_language_keys``. For TSV by default ("1", "2", ...)."""
-    side_language_keys: tuple[str, ...] = ()
-    """Pairs: the keys (or TSV columns) of the sides' languages."""
-    pair_rule: PairRule = "pivot"
-    """Pairs taken from a record in more than two languages: ``pivot`` (the first of ``languages`` with each other),
-    ``all`` (each with each), or a list of pairs."""
-    text_unit: Literal["line", "paragraph", "file"] = "line"
-    """Plain text: what is one document; a paragraph ends at a blank line."""
-    tsv_header: bool = False
-    """Whether the first line of a TSV names its columns; so it is anyway if one of the columns wanted is no number."""
-    max_line_bytes: int = 1 << 30
-    """A longer line (record) is malformed."""
-
-    def pairs(self) -> tuple[tuple[str, str], ...]:
-        """The pairs of languages that are taken, in order; empty if records decide."""
-        raise NotImplementedError
-
-    def to_tree(self) -> dict[str, Any]:
-        """As JSON."""
-        raise NotImplementedError
-
-    @classmethod
-    def from_tree(cls, tree: Mapping[str, Any]) -> Fields:
-        """From JSON."""
-        raise NotImplementedError
-
-
-@dataclass
-class Reading:
-    """How far a reader is and what it left out; readers fill it in while they run."""
-
-    documents: int = 0
-    """Documents (monolingual texts or pairs) yielded."""
-    bytes_read: int = 0
-    """Bytes as they lie on disk (compressed, if so), over all files so far."""
-    skipped: Counter[str] = field(default_factory=Counter)
-    """Lines (records) left out, by reason: malformed ones, blank ones, and those in languages not asked for."""
-    malformed: int = 0
-    """How many of ``skipped`` are malformed."""
-    examples: list[str] = field(default_factory=list)
-    """The first few malformed ones: ``FILE:LINE: reason``."""
-    sources: list[dict[str, Any]] = field(default_factory=list)
-    """For each piece read to its end: ``{"path", "begin", "end", "unit", "sha256"}``, the hash being of the bytes on disk
-    from ``begin`` to ``end`` where ``unit`` is bytes, else of the whole file."""
-
-
-@dataclass
-class TextBatch:
-    """Consecutive documents, column by column; N of them."""
-
-    texts: list[str]
-    """Monolingual: the texts; pairs: the first sides. [N]; may be empty strings."""
-    others: list[str] | None = None
-    """Pairs: the second sides. [N]"""
-    language: str | None = None
-    """Language of all ``texts`` if it is one; None where ``languages`` says."""
-    other_language: str | None = None
-    """Language of all ``others`` if it is one."""
-    languages: list[str] | None = None
-    """Language of each of ``texts``. [N]; None where ``language`` says."""
-    other_languages: list[str] | None = None
-    """Language of each of ``others``. [N]"""
-    ids: list[str] | None = None
-    """Pairs: the id of each, which does not depend on how files are cut into parts. [N]"""
-
-    def where(self, index: int) -> str:
-        """``FILE:LINE`` of a document (for parquet ``FILE: row N``)."""
-        raise NotImplementedError
-
-
-def find_inputs(
-    arguments: Sequence[str | Path],
-    *,
-    format: InputFormat | Literal["auto"] = "auto",
-    fields: Fields | None = None,
-) -> list[InputFile]:
-    """The files that arguments name, in an order that depends on the arguments and names alone.
-
-    Args:
-        arguments: files, folders (searched through, in order of name), glob patterns (``**`` too), each of them also
-            as ``LANGUAGE=...``.
-        format: of all of them; ``auto`` goes by the ends of names (``.jsonl .ndjson .json .parquet .txt .tsv .tmx``,
-            plus ``.gz`` or ``.zst``).
-        fields: for Moses, the languages that ends of names may mean.
-
-    Raises:
-        CorpusError: nothing is there, a file is named twice, or its format cannot be told.
-    """
-    raise NotImplementedError
-
-
-def plan_parts(inputs: Sequence[InputFile], fields: Fields, part_bytes: int = 64 << 20) -> list[Part]:
-    """Cut inputs into parts, in document order; by inputs, fields and ``part_bytes`` alone.
-
-    Plain jsonl, text and TSV are cut by bytes without being read, parquet by row groups, aligned plain files by lines
-    after counting them; compressed files and TMX are whole. Small neighbours share a part.
-
-    Raises:
-        ConfigError: fields and formats do not fit together.
-        CorpusError: aligned files differ in lines; a file is missing, in UTF-16, or has not the columns.
-    """
-    raise NotImplementedError
-
-
-def languages_of(inputs: Sequence[InputFile], fields: Fields) -> tuple[str, ...] | None:
-    """The languages that documents may have, in a fixed order; None if only the records tell."""
-    raise NotImplementedError
+__all__ = [
+    "PART_BYTES", "Compression", "Fields", "InputFile", "InputFormat", "LanguageCodes", "OnError", "PairRule", "Part",
+    "Piece", "Place", "Reading", "TextBatch", "content_id", "find_inputs", "languages_of", "plan_parts", "read_part",
+]
 
 
 def read_part(
-    part: Part, fields: Fields, *, on_error: OnError = "raise", reading: Reading | None = None, batch_bytes: int = 2 << 20
+    part: Part,
+    fields: Fields,
+    *,
+    on_error: OnError = "raise",
+    reading: Reading | None = None,
+    batch_bytes: int = 2 << 20,
 ) -> Iterator[TextBatch]:
     """Read the documents of a part, in order.
 
     Args:
         part: of ``plan_parts``.
-        fields: how records are read.
+        fields: how records are read; those the part was planned with.
         on_error: ``raise`` at the first malformed line, or ``skip`` it and count it in ``reading``. A damaged archive,
             an XML error or a file changed since it was found is an error anyway.
         reading: filled in while reading.
-        batch_bytes: text in a batch, about; a longer line is a batch of its own.
+        batch_bytes: text in a batch, about; a longer line is a batch of its own size.
+
+    Returns:
+        Batches of at least one document.
 
     Raises:
         CorpusError: with file, line and reason.
     """
-    raise NotImplementedError
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error={on_error!r} is neither 'raise' nor 'skip'.")
+    if batch_bytes < 1:
+        raise ValueError(f"batch_bytes={batch_bytes} must be positive.")
+    reading = reading if reading is not None else Reading()
+    task = Task(fields, LanguageCodes(fields), reading, on_error, batch_bytes)
+    for piece in part.pieces:
+        before = reading.documents
+        try:
+            for batch in _read_piece(piece, task):
+                if batch.texts:
+                    reading.documents += len(batch.texts)
+                    yield batch
+        except DamagedError as error:
+            lines = f"{error.lines:,} whole lines, " if error.lines else ""
+            raise damaged(
+                piece.files[0], error, f"; {lines}{reading.documents - before:,} documents, could be read before that"
+            ) from None
+        except OSError as error:
+            path = error.filename or path_of(piece)
+            raise CorpusError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def _read_piece(piece: Piece, task: Task) -> Iterator[TextBatch]:
+    file = piece.files[0]
+    language = file.language or task.fields.language
+    if file.format == "moses":
+        yield from _read_aligned(piece, task)
+        return
+    if file.format == "parquet":
+        yield from read_row_groups(file, piece.begin, piece.end, language, task)
+        return
+    with DiskBytes(file, task.reading, piece.begin, piece.end) as disk:
+        place = Place(file.path, offset_bytes=piece.begin)
+        if file.format == "tmx":
+            yield from read_tmx(decompress(disk.chunks(), file.compression), place, task)
+        elif file.format == "jsonl":
+            blocks = _blocks(disk, piece, place, task)
+            yield from read_json_lines(blocks, place, layout_of(task.fields, task, language), task)
+        elif file.format == "tsv":
+            columns = tsv_columns(file, task.fields)
+            if columns is not None:
+                blocks = _blocks(disk, piece, place, task)
+                yield from read_tsv(blocks, place, columns, language, task, begins_file=piece.begin == 0)
+        elif task.fields.text_unit == "line":
+            yield from read_text_lines(_blocks(disk, piece, place, task), place, language, task)
+        elif task.fields.text_unit == "file":
+            chunks = text_of(decompress(disk.chunks(), file.compression), file.path)
+            yield from read_whole_text(chunks, Place(file.path, unit="file"), language, task)
+        else:
+            yield from _read_paragraphs(disk, piece, place, language, task)
+        task.reading.sources.append(disk.source())
+
+
+def _stream(disk: DiskBytes, piece: Piece, *, past_end: bool = False, keep_mark: bool = False) -> Iterator[bytes]:
+    """The lines of a piece, decompressed."""
+    file = piece.files[0]
+    chunks = disk.lines(past_end=past_end) if piece.unit == "bytes" else decompress(disk.chunks(), file.compression)
+    if disk.begin:
+        return chunks
+    return text_of(chunks, file.path, is_json=file.format == "jsonl", keep_mark=keep_mark)
+
+
+def _blocks(disk: DiskBytes, piece: Piece, place: Place, task: Task) -> Iterator[Block]:
+    most = task.fields.max_line_bytes
+
+    def too_long(number: int) -> None:
+        task.reject(place, number, f"longer than max_line_bytes={most:,}")
+
+    return line_blocks(_stream(disk, piece), task.batch_bytes, most, too_long)
+
+
+def _read_paragraphs(
+    disk: DiskBytes, piece: Piece, place: Place, language: str | None, task: Task
+) -> Iterator[TextBatch]:
+    long_lines: deque[int] = deque()
+    cut = piece.unit == "bytes"
+    begins_inside = cut and disk.begins_inside_paragraph()
+
+    def is_beyond(position: int) -> bool:
+        return cut and disk.lines_begin + position >= disk.end
+
+    # The mark counts among the bytes before a line.
+    stream = _stream(disk, piece, past_end=True, keep_mark=True)
+    blocks = line_blocks(stream, task.batch_bytes, task.fields.max_line_bytes, long_lines.append)
+    yield from read_paragraphs(
+        blocks, place, language, task, long_lines=long_lines, begins_file=disk.begin == 0, begins_inside=begins_inside,
+        is_beyond=is_beyond,
+    )
+
+
+def _read_aligned(piece: Piece, task: Task) -> Iterator[TextBatch]:
+    languages = [task.codes(file.language or "") for file in piece.files]
+    disks = [
+        DiskBytes(file, task.reading, begin, end) for file, (begin, end) in zip(piece.files, piece.ranges, strict=True)
+    ]
+    try:
+        files = []
+        for member, disk in zip(piece.files, disks, strict=True):
+            long_lines: deque[int] = deque()
+            chunks = undamaged(decompress(disk.chunks(), member.compression), member)
+            blocks = line_blocks(
+                chunks if disk.begin else text_of(chunks, member.path), task.batch_bytes, task.fields.max_line_bytes,
+                long_lines.append,
+            )
+            files.append(AlignedFile(blocks, Place(member.path, first=piece.begin), long_lines))
+        yield from read_aligned(files, aligned_rule(languages, task.fields), languages, piece.end - piece.begin, task)
+        for file in files:
+            file.finish()
+        task.reading.sources += [disk.source() for disk in disks]
+    finally:
+        for disk in disks:
+            disk.__exit__()

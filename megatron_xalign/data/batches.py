@@ -1,0 +1,229 @@
+"""Documents column by column, and how the sides of records become pairs."""
+
+# N documents, R records
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import compress
+from pathlib import Path
+from typing import Any, cast
+
+from megatron_xalign.data.fields import Fields, pairs_among
+from megatron_xalign.data.reading import OnError, Place, Reading
+
+_OTHER_LANGUAGE = "a language not asked for"
+_NO_PAIR = "no pair in the languages asked for"
+
+
+@dataclass
+class TextBatch:
+    """Consecutive documents, column by column; N of them."""
+
+    texts: list[str]
+    """Monolingual: the texts; pairs: the first sides. [N]; may be empty strings."""
+    others: list[str] | None = None
+    """Pairs: the second sides. [N]"""
+    language: str | None = None
+    """Language of all ``texts`` if it is one; None where ``languages`` says."""
+    other_language: str | None = None
+    """Language of all ``others`` if it is one."""
+    languages: list[str] | None = None
+    """Language of each of ``texts``. [N]; None where ``language`` says."""
+    other_languages: list[str] | None = None
+    """Language of each of ``others``. [N]"""
+    ids: list[str] | None = None
+    """Pairs: the id of each, which does not depend on how files are cut into parts. [N]"""
+    place: Place = field(default_factory=lambda: Place(Path("?")), repr=False)
+    """The stretch of a file that the documents come from."""
+    numbers: Sequence[int] = field(default=(), repr=False)
+    """Number of each document's record in ``place``. [N]"""
+
+    def where(self, index: int) -> str:
+        """``FILE:LINE`` of a document (for parquet ``FILE: row N``)."""
+        return self.place.where(self.numbers[index])
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every reader of a piece is given."""
+
+    fields: Fields
+    codes: Callable[[str], str]
+    """Codes of the data to those of the token file."""
+    reading: Reading
+    on_error: OnError
+    batch_bytes: int
+
+    def reject(self, place: Place, number: int, reason: str, detail: str = "") -> None:
+        """Count a malformed record, or raise; see ``Reading.reject``."""
+        self.reading.reject(place, number, reason, detail, on_error=self.on_error)
+
+
+def monolingual_batch(
+    task: Task,
+    place: Place,
+    texts: list[str],
+    numbers: Sequence[int],
+    language: str | None,
+    named: list[str] | None = None,
+) -> TextBatch:
+    """A batch of monolingual documents.
+
+    Args:
+        task: of the piece.
+        place: of the piece.
+        texts: [R].
+        numbers: of the records. [R]
+        language: of all of them, as the data has it; or
+        named: of each, as its record has it. [R]
+    """
+    if named is None:
+        return TextBatch(texts, language=task.codes(language or ""), place=place, numbers=numbers)
+    codes = task.codes
+    languages = [codes(code) for code in named]
+    wanted = task.fields.languages
+    if wanted and not set(languages) <= set(wanted):
+        keep = [code in wanted for code in languages]
+        for code, kept in zip(languages, keep, strict=True):
+            if not kept:
+                task.reading.leave_out(f"{_OTHER_LANGUAGE} ({code})")
+        texts, languages = list(compress(texts, keep)), list(compress(languages, keep))
+        numbers = list(compress(numbers, keep))
+    return TextBatch(texts, languages=languages, place=place, numbers=numbers)
+
+
+def pairs_of_columns(
+    task: Task,
+    place: Place,
+    rule: Sequence[tuple[str, str]],
+    languages: Sequence[str],
+    columns: Sequence[Sequence[str | None]],
+    ids: Sequence[Any] | None,
+    numbers: Sequence[int],
+) -> TextBatch:
+    """Pairs of records whose sides are columns, each in one language.
+
+    Args:
+        task: of the piece.
+        place: of the piece.
+        rule: the pairs of ``languages`` to take.
+        languages: codes of the columns.
+        columns: for each language its texts, None where a record has none. [R] each
+        ids: of the records, if they have any. [R]
+        numbers: of the records. [R]
+    """
+    index = {code: position for position, code in enumerate(languages)}
+    if len(rule) == 1:
+        (first, second), = rule
+        texts, others = columns[index[first]], columns[index[second]]
+        if None in texts or None in others:
+            keep = []
+            for row, (text, other) in enumerate(zip(texts, others, strict=True)):
+                if text is None or other is None:
+                    task.reject(place, numbers[row], f'no "{first if text is None else second}"')
+                else:
+                    keep.append(row)
+            texts, others = [texts[row] for row in keep], [others[row] for row in keep]
+            numbers = [numbers[row] for row in keep]
+            ids = [ids[row] for row in keep] if ids is not None else None
+        return TextBatch(
+            cast(list[str], texts), cast(list[str], others), language=first, other_language=second,
+            ids=_ids(texts, others, ids), place=place, numbers=numbers,
+        )
+
+    def pairs_of(row: int) -> list[tuple[str, str, str, str]]:
+        sides = [(a, b, columns[index[a]][row], columns[index[b]][row]) for a, b in rule]
+        return [(a, b, text, other) for a, b, text, other in sides if text is not None and other is not None]
+
+    return _flat(task, place, map(pairs_of, range(len(numbers))), ids, numbers)
+
+
+def pairs_of_records(
+    task: Task,
+    place: Place,
+    records: Iterable[Sequence[tuple[str, str]]],
+    ids: Sequence[Any] | None,
+    numbers: Sequence[int],
+) -> TextBatch:
+    """Pairs of records that name their languages; one without a wanted pair is left out and counted.
+
+    Args:
+        task: of the piece; its pair rule says which pairs are taken.
+        place: of the piece.
+        records: for each, (code as the data has it, text) of its sides in order. Of two sides in one language the
+            first counts. [R]
+        ids: of the records, if they have any. [R]
+        numbers: of the records. [R]
+    """
+    rule = task.fields.pairs() if task.fields.languages or not isinstance(task.fields.pair_rule, str) else ()
+    codes = task.codes
+
+    def pairs_of(sides: Sequence[tuple[str, str]]) -> list[tuple[str, str, str, str]]:
+        texts: dict[str, str] = {}
+        for code, text in sides:
+            texts.setdefault(codes(code), text)
+        if len(texts) < len(sides):
+            task.reading.leave_out("a second text in the same language in its record", len(sides) - len(texts))
+        found = rule or (pairs_among(texts, task.fields.pair_rule) if len(texts) > 1 else ())
+        taken = [(a, b, texts[a], texts[b]) for a, b in found if a in texts and b in texts]
+        if not taken:
+            task.reading.leave_out(f"{_NO_PAIR} ({', '.join(list(texts)[:4])})")
+        return taken
+
+    return _flat(task, place, map(pairs_of, records), ids, numbers, counted=True)
+
+
+def _flat(
+    task: Task,
+    place: Place,
+    rows: Iterable[list[tuple[str, str, str, str]]],
+    ids: Sequence[Any] | None,
+    numbers: Sequence[int],
+    *,
+    counted: bool = False,
+) -> TextBatch:
+    """(language, other language, text, other) of each pair of each record, as columns."""
+    pairs: list[tuple[str, str, str, str]] = []
+    names: list[Any] = []
+    places: list[int] = []
+    for row, taken in enumerate(rows):
+        if not taken:
+            if not counted:
+                task.reading.leave_out(_NO_PAIR)
+            continue
+        pairs += taken
+        places += [numbers[row]] * len(taken)
+        name = _name(ids[row]) if ids is not None else None
+        # Each pair of a record is dealt by itself.
+        alone = name is None or len(taken) == 1
+        names += [name if alone else f"{name}#{first}-{second}" for first, second, _, _ in taken]
+    languages, other_languages, texts, others = map(list, zip(*pairs, strict=True)) if pairs else ([], [], [], [])
+    return TextBatch(
+        texts, others, languages=languages, other_languages=other_languages, ids=_ids(texts, others, names),
+        place=place, numbers=places,
+    )
+
+
+def _name(value: Any) -> str | None:
+    """An id that is text or a whole number."""
+    if type(value) is str:
+        return value
+    return str(value) if type(value) is int else None
+
+
+def _ids(texts: Sequence[Any], others: Sequence[Any], ids: Sequence[Any] | None) -> list[str]:
+    names = [None] * len(texts) if ids is None else list(map(_name, ids))
+    if None not in names:
+        return names  # type: ignore[return-value]
+    return [
+        content_id(text, other) if name is None else name
+        for name, text, other in zip(names, texts, others, strict=True)
+    ]
+
+
+def content_id(text: str, other: str) -> str:
+    """The id of a pair that has none: the same wherever the pair lies, and however its file is compressed or cut."""
+    return hashlib.blake2b(f"{text}\0{other}".encode(), digest_size=16).hexdigest()
