@@ -111,8 +111,17 @@ void Folding::fold_units(const Unit* text, std::size_t length, std::vector<std::
     out[size++] = entry & kCodePointMask;
   };
 
+  const std::uint32_t* table = table_.data();
   for (std::size_t i = 0; i < length; ++i) {
-    const std::uint32_t entry = table_[text[i]];
+    const std::uint32_t entry = table[text[i]];
+    // Most characters are letters after a letter, or after one space.
+    if (entry >> 21 == static_cast<std::uint32_t>(Kind::kLetter) && word == Kind::kLetter && run_length == 0) {
+      out[size] = ' ';
+      size += parted;
+      parted = false;
+      out[size++] = entry & kCodePointMask;
+      continue;
+    }
     if (kind_of(entry) != Kind::kExpansion) {
       add(entry);
       continue;

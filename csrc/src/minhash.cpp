@@ -36,9 +36,11 @@ struct Key {
 
 template <typename Unit>
 Key key_of_units(const Unit* units, std::size_t length) {
+  static_assert(kCodePoints < std::uint32_t{1} << 21, "a code point and one fit 21 bits");
   std::uint64_t first = 1, second = 1;
-  for (std::size_t i = 0; i < length; ++i) {
-    const std::uint64_t digit = std::uint64_t{units[i]} + 1;
+  for (std::size_t i = 0; i < length; i += 2) {
+    std::uint64_t digit = std::uint64_t{units[i]} + 1;
+    if (i + 1 < length) digit |= (std::uint64_t{units[i + 1]} + 1) << 21;
     first = multiply_add(first, kBases[0], digit);
     second = multiply_add(second, kBases[1], digit);
   }
@@ -89,25 +91,37 @@ void add_gram_hashes(const std::uint32_t* folded, std::size_t length, std::vecto
 
 // The round in the upper byte makes every throw of a round larger than any of the rounds before it.
 constexpr int kRoundShift = 56;
-static_assert(2 * kSketchBins <= 256, "a round fits one byte");
+static_assert(kSketchBins < 256, "a round fits one byte");
 constexpr int kBinBits = 7;
 static_assert(std::size_t{1} << kBinBits == kSketchBins, "a bin is chosen by some bits of a hash");
+constexpr std::uint64_t kHalfMask = (std::uint64_t{1} << (32 - kBinBits)) - 1;
 
 void sketch(const std::vector<std::uint64_t>& grams, std::uint8_t* bytes) {
-  std::uint64_t least[kSketchBins];
-  std::fill_n(least, kSketchBins, std::numeric_limits<std::uint64_t>::max());
+  constexpr std::uint64_t empty = std::numeric_limits<std::uint64_t>::max();
   constexpr std::uint64_t value_mask = (std::uint64_t{1} << kRoundShift) - 1;
-  for (std::uint64_t round = 0; round < 2 * kSketchBins; ++round) {
-    // Gram hashes are mixed already, so the first round takes them as they are.
-    const std::uint64_t salt = round * kGramBase, top = round << kRoundShift;
+  std::uint64_t least[kSketchBins];
+  std::fill_n(least, kSketchBins, empty);
+  // Gram hashes are mixed already, so the first round takes them as they are.
+  for (const std::uint64_t gram : grams) {
+    const auto bin = static_cast<std::size_t>(gram >> (64 - kBinBits));
+    least[bin] = std::min(least[bin], gram & value_mask);
+  }
+  const auto unfilled = [&] { return std::find(least, least + kSketchBins, empty) != least + kSketchBins; };
+  // Two rounds for one hash: only small sets come here, for which half the bits of a value are enough.
+  for (std::uint64_t round = 1; round < kSketchBins && unfilled(); round += 2) {
+    const std::uint64_t salt = round * kGramBase, top = round << kRoundShift, next_top = (round + 1) << kRoundShift;
     for (const std::uint64_t gram : grams) {
-      const std::uint64_t hash = round == 0 ? gram : mix(gram + salt);
-      const std::size_t bin =
-          round < kSketchBins ? static_cast<std::size_t>(hash >> (64 - kBinBits)) : round - kSketchBins;
-      const std::uint64_t value = (hash & value_mask) | top;
-      if (value < least[bin]) least[bin] = value;
+      const std::uint64_t hash = mix(gram + salt);
+      const auto bin = static_cast<std::size_t>(hash >> (64 - kBinBits));
+      least[bin] = std::min(least[bin], (hash >> 32 & kHalfMask) | top);
+      const auto next_bin = static_cast<std::size_t>(hash >> (32 - kBinBits)) & (kSketchBins - 1);
+      least[next_bin] = std::min(least[next_bin], (hash & kHalfMask) | next_top);
     }
-    if (std::find(least, least + kSketchBins, std::numeric_limits<std::uint64_t>::max()) == least + kSketchBins) break;
+  }
+  for (std::size_t bin = 0; bin < kSketchBins; ++bin) {
+    if (least[bin] != empty) continue;
+    const std::uint64_t salt = (kSketchBins + 1 + bin) * kGramBase;
+    for (const std::uint64_t gram : grams) least[bin] = std::min(least[bin], mix(gram + salt));
   }
   for (std::size_t bin = 0; bin < kSketchBins; ++bin) bytes[bin] = static_cast<std::uint8_t>(least[bin]);
 }

@@ -20,10 +20,10 @@ constexpr std::size_t kSketchBins = 128;
 // 64-bit hashes of a folded text's grams, one for each position, repeats included. Replaces `grams`.
 void gram_hashes(const std::uint32_t* folded, std::size_t length, std::vector<std::uint64_t>& grams);
 
-// A text's key, two 61-bit numbers spread over 64 bits each. The code points c_1 .. c_n of the folded text (of a text
-// that folds to nothing, those of the text itself) are the digits of a number in two fixed bases b, modulo 2^61 - 1:
-// b^n + (c_1 + 1) b^(n-1) + ... + (c_n + 1) (Carter and Wegman 1979). Two different texts of n code points agree in both
-// for at most (n / 2^61)^2 of all pairs of bases. [num_texts, 2], row-major.
+// A text's key, two 61-bit numbers spread over 64 bits each. Two code points of the folded text (of a text that folds to
+// nothing, of the text itself) make one digit, (c_1 + 1) + (c_2 + 1) 2^21, the last maybe half of one; the n digits d make
+// a number in two fixed bases b, modulo 2^61 - 1: b^n + d_1 b^(n-1) + ... + d_n (Carter and Wegman 1979). Two different
+// texts of n digits agree in both for at most (n / 2^61)^2 of all pairs of bases. [num_texts, 2], row-major.
 std::vector<std::uint64_t> text_keys(const Folding& folding, const TextView* texts, std::size_t num_texts);
 
 // Keys of documents: of one text, or of two if `others` is not null, whichever of the two comes first.
@@ -36,8 +36,8 @@ std::vector<std::uint64_t> document_keys(const Folding& folding, const TextView*
 // nearly independent, for sets of any size. A document without a word is a set of one gram, its key under `exact`.
 //
 // Fast similarity sketching: every gram is thrown into one bin at random with a random value; a bin keeps the smallest
-// value. While a bin is empty, another round of throws fills the empty ones, at most kSketchBins rounds; what is empty
-// then takes one throw of every gram. A byte of the value is kept. Source: Dahlgaard, Knudsen and Thorup 2017,
+// value. While a bin is empty, another round of throws fills the empty ones; a bin that is empty after kSketchBins rounds
+// takes the smallest of another value of every gram. A byte of the value is kept. Source: Dahlgaard, Knudsen and Thorup 2017,
 // arXiv:1704.04370. Time O(grams + kSketchBins log kSketchBins).
 std::vector<std::uint8_t> document_sketches(const Folding& folding, const Folding& exact, const TextView* texts,
                                             const TextView* others, std::size_t num_documents);
