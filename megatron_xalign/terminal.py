@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +70,17 @@ def describe_check(report: Mapping[str, Any]) -> str:
         f"tokens of {report['num_sequences']} texts: logits differ by at most {report['max_logit_difference']:.2g} "
         f"({report['tolerance']:g} allowed), same top token for {report['top1_agreement']:.2%}"
     )
+
+
+def describe_memory(stages: Sequence[Any]) -> str:
+    """Memory of a process of each pipeline stage by part (``training.sizes.MemoryOfRank``), as a table."""
+    parts = ("weights", "gradients", "optimizer", "activations", "total")
+    lines = [
+        "memory of one process in GiB (activations estimated; libraries and fragmentation come on top)",
+        "  stage    parameters" + "".join(f"{part:>13s}" for part in parts),
+    ]
+    lines += [
+        f"  {stage.stage:5d}{stage.parameters:14,}" + "".join(f"{getattr(stage, part) / 2**30:13.3f}" for part in parts)
+        for stage in stages
+    ]
+    return "\n".join(lines)

@@ -159,6 +159,7 @@ def train(config: RunConfig) -> Path:
     from megatron_xalign.training.forward import build_forward_only
     from megatron_xalign.training.model import build_model, padded_vocab_size
     from megatron_xalign.training.optimizer import build_optimizer
+    from megatron_xalign.training.sizes import flops_per_token
 
     tokenizer = Tokenizer.load(_required(config.data.tokenizer, "data.tokenizer"))
     blend = build_blend(config)
@@ -233,7 +234,10 @@ def train(config: RunConfig) -> Path:
         loop.fit(
             model_chunks, optimizer, lambda samples: collate([blend[sample] for sample in samples]), training, ranks,
             metrics_path=run.metrics_path, save=save, languages=blend.languages,
-            source_names=blend.source_names, observers=observers, current_batch=current_batch, start_step=start_step,
+            source_names=blend.source_names,
+            parallel_sources=[item.text.name for item in blend.plan.sources if item.text.origin == "parallel"],
+            flops_per_token=flops_per_token(config.model, vocab_size, config.data.seq_length),
+            observers=observers, current_batch=current_batch, start_step=start_step,
             loss_state=loss_state,
         )
     return run.path
@@ -256,14 +260,34 @@ def is_trained(config: RunConfig) -> bool:
 
 
 def describe_run(config: RunConfig, processes: int | None) -> str:
-    """What a training run would be: the resolved config and the mixture table."""
+    """What a training run would be: the resolved config, the model's size, memory by stage and the mixture table."""
+    from megatron_xalign import terminal
+    from megatron_xalign.data.tokenizer import Tokenizer
+    from megatron_xalign.training.model import padded_vocab_size
+    from megatron_xalign.training.sizes import flops_per_token, memory_by_stage, num_parameters
+
     _, table, _ = audit_blend(config)
-    layout = config.parallel
+    layout, training = config.parallel, config.training
+    tokenizer = Tokenizer.load(_required(config.data.tokenizer, "data.tokenizer"))
+    rows = padded_vocab_size(
+        tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, layout.tensor_model_parallel_size
+    )
+    data_size = max((processes or layout.model_parallel_size) // layout.model_parallel_size, 1)
+    memory = memory_by_stage(
+        config.model, layout, padded_vocab_size=rows, seq_length=config.data.seq_length,
+        micro_batch_size=training.micro_batch_size,
+        num_microbatches=max(training.global_batch_size // (training.micro_batch_size * data_size), 1),
+        params_dtype=training.params_dtype, recompute=training.recompute, data_size=data_size,
+    )
+    flops = flops_per_token(config.model, rows, config.data.seq_length)
     return (
         f"{to_yaml(config)}\n"
-        f"{config.train_tokens:,} tokens in {config.training.train_steps:,} steps; "
+        f"{num_parameters(config.model, rows):,} parameters ({rows:,} rows of vocabulary, {tokenizer.vocab_size:,} "
+        f"used); {flops / 1e9:.3g} GFLOP for each token, {flops * config.train_tokens / 1e15:.3g} PFLOP in all\n"
+        f"{config.train_tokens:,} tokens in {training.train_steps:,} steps; "
         f"TP{layout.tensor_model_parallel_size} PP{layout.pipeline_model_parallel_size} on "
-        f"{processes or 'as many as torchrun starts'} process(es)\n\n{table}"
+        f"{processes or 'as many as torchrun starts'} process(es), DP{data_size} assumed\n\n"
+        f"{terminal.describe_memory(memory)}\n\n{table}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +18,7 @@ from megatron_xalign.topology import ObserverState, Ranks
 from megatron_xalign.training.forward import forward_backward
 from megatron_xalign.training.metrics import LossSums, append_metrics, truncate_metrics
 from megatron_xalign.training.optimizer import Optimizer
+from megatron_xalign.training.speed import speed_of
 from megatron_xalign.training.stopping import StopRequest
 
 GetBatch = Callable[[list[int]], Batch]
@@ -80,6 +81,8 @@ def fit(
     save: Callable[[int, LossState, dict[str, ObserverState]], Path],
     languages: Sequence[str],
     source_names: Sequence[str],
+    parallel_sources: Collection[str] | None = None,
+    flops_per_token: float | None = None,
     observers: Sequence[Observer] = (),
     current_batch: CurrentBatch | None = None,
     start_step: int = 0,
@@ -100,6 +103,9 @@ def fit(
             of the unfinished logging interval and the state of observers that have one.
         languages: what language ids in batches count.
         source_names: what source ids in batches count.
+        parallel_sources: names of those that hold pairs; the share of parallel text so far is then logged.
+        flops_per_token: floating-point operations of a token's forward and backward pass; speed is then logged in
+            TFLOP/s too, for each device.
         observers: called in this order at the moments of ``Observer``.
         current_batch: tells hooks of observers which micro-batch is running.
         start_step: optimizer steps already done.
@@ -115,7 +121,7 @@ def fit(
     """
     num_microbatches = _num_microbatches(config, ranks)
     current_batch = current_batch or CurrentBatch()
-    losses = LossSums(languages, source_names, ranks)
+    losses = LossSums(languages, source_names, ranks, parallel_sources)
     if loss_state is not None:
         losses.restore(loss_state)
     if ranks.rank == 0:
@@ -161,7 +167,11 @@ def fit(
                 seconds = time.monotonic() - interval_start
                 line = metrics = {
                     "step": done, "consumed_tokens": done * step_tokens, **means, "grad_norm": grad_norm, "lr": lr,
-                    "tokens_per_second": interval_tokens / max(compute_seconds, 1e-9), "seconds": seconds,
+                    **speed_of(
+                        interval_tokens / max(compute_seconds, 1e-9), flops_per_token, ranks.world_size, ranks.device
+                    ),
+                    "seconds": seconds,
+                    "seconds_left": (config.train_steps - done) * seconds * step_tokens / interval_tokens,
                 }
                 if ranks.rank == 0:
                     append_metrics(metrics_path, line)

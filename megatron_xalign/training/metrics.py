@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,43 @@ from megatron_xalign.topology import Ranks
 
 
 class LossSums:
-    """Token-weighted sums of the loss: in all, by language of the label, and by source."""
+    """Token-weighted sums of the loss: in all, by language of the label, and by source; and tokens since the start.
 
-    def __init__(self, languages: Sequence[str], source_names: Sequence[str], ranks: Ranks) -> None:
+    Args:
+        languages: what language ids in batches count.
+        source_names: what source ids in batches count.
+        ranks: this process's place.
+        parallel_sources: names of the sources that hold pairs, for ``parallel_fraction``; None leaves that out.
+    """
+
+    def __init__(
+        self, languages: Sequence[str], source_names: Sequence[str], ranks: Ranks,
+        parallel_sources: Collection[str] | None = None,
+    ) -> None:
         self.languages = list(languages)
         self.source_names = list(source_names)
         self.ranks = ranks
-        # Rows: loss, tokens. Columns: in all; no language, K languages; no source, N sources.
-        num_columns = 1 + 1 + len(self.languages) + 1 + len(self.source_names)
-        self._sums = torch.zeros(2, num_columns, dtype=torch.float64, device=ranks.device)
+        self._parallel_sources = parallel_sources
+        # Rows: loss and tokens of the interval, tokens since the start. Columns: in all; no language, K languages; no
+        # source, N sources; content tokens of no source, of N sources.
+        self._sources_at = 2 + len(self.languages)
+        self._content_at = self._sources_at + 1 + len(self.source_names)
+        num_columns = self._content_at + 1 + len(self.source_names)
+        self._sums = torch.zeros(3, num_columns, dtype=torch.float64, device=ranks.device)
 
     def add(self, batch: Batch, loss_BS: torch.Tensor) -> None:
         """Add a micro-batch's losses, [B, S], weighted by its ``loss_mask``."""
         weight = batch.loss_mask.double().flatten()
-        rows = torch.stack([loss_BS.double().flatten() * weight, weight])
-        language = batch.label_language_ids.long().flatten() + 2
-        source = batch.source_ids.long().flatten() + 3 + len(self.languages)
+        rows = torch.stack([loss_BS.double().flatten() * weight, weight, weight])
+        language = batch.label_language_ids.long().flatten()
+        source = batch.source_ids.long().flatten()
         self._sums[:, 0] += rows.sum(1)
-        self._sums.index_add_(1, language, rows)
-        self._sums.index_add_(1, source, rows)
+        self._sums.index_add_(1, language + 2, rows)
+        self._sums.index_add_(1, source + self._sources_at + 1, rows)
+        self._sums.index_add_(1, source + self._content_at + 1, rows * (language >= 0))
 
     def state(self) -> list[list[float]]:
-        """The sums since the last line over all data-parallel ranks, the same on every process, for a checkpoint."""
+        """The sums over all data-parallel ranks, the same on every process, for a checkpoint."""
         sums = self.ranks.sum_over(self._sums, "data")
         state: list[list[float]] = self.ranks.broadcast_over(sums, "pipeline", self.ranks.pipeline_size - 1).tolist()
         return state
@@ -62,11 +77,13 @@ class LossSums:
 
         Returns:
             ``loss``, ``loss_by_language`` and ``loss_by_source`` in nats per token; a language or source without a
-            token in this interval is left out.
+            token in this interval is left out. ``tokens_by_language`` and ``tokens_by_source``: loss-bearing tokens
+            since the start of the run. ``parallel_fraction``: share of content tokens (those with a language) so far
+            that came from ``parallel_sources``.
         """
         sums = self.ranks.sum_over(self._sums, "data")
-        loss, tokens = self.ranks.broadcast_over(sums, "pipeline", self.ranks.pipeline_size - 1).tolist()
-        self._sums.zero_()
+        loss, tokens, so_far = self.ranks.broadcast_over(sums, "pipeline", self.ranks.pipeline_size - 1).tolist()
+        self._sums[:2].zero_()
 
         def means(names: list[str], first: int) -> dict[str, float]:
             return {
@@ -75,11 +92,21 @@ class LossSums:
                 if tokens[column] > 0
             }
 
-        return {
+        def counts(names: list[str], first: int) -> dict[str, int]:
+            return {name: round(so_far[column]) for column, name in enumerate(names, start=first)}
+
+        means_and_counts: dict[str, Any] = {
             "loss": loss[0] / tokens[0] if tokens[0] > 0 else 0.0,
             "loss_by_language": means(self.languages, 2),
-            "loss_by_source": means(self.source_names, 3 + len(self.languages)),
+            "loss_by_source": means(self.source_names, self._sources_at + 1),
+            "tokens_by_language": counts(self.languages, 2),
+            "tokens_by_source": counts(self.source_names, self._sources_at + 1),
         }
+        if self._parallel_sources is not None:
+            content = counts(self.source_names, self._content_at + 1)
+            parallel = sum(content[name] for name in self._parallel_sources)
+            means_and_counts["parallel_fraction"] = parallel / max(sum(content.values()), 1)
+        return means_and_counts
 
 
 def append_metrics(path: Path, line: Mapping[str, Any]) -> None:

@@ -82,11 +82,11 @@ class ValidationObserver:
     def _measure(self, step: int) -> None:
         with progress_bar(len(self._samples), f"validation at step {step}", " samples") as bar:
             for batch in self._batches():
-                losses = self._forward_only([batch])
-                if losses is not None:
-                    self._sums.add(batch.to(self._ranks.device), losses[0])
+                if (of_batch := self._forward_only([batch])) is not None:
+                    self._sums.add(batch.to(self._ranks.device), of_batch[0])
                 bar.update(batch.tokens.shape[0] * self._ranks.data_size)
-        line = {"step": step, "consumed_tokens": step * self._step_tokens, **self._sums.take()}
+        losses = {name: value for name, value in self._sums.take().items() if name.startswith("loss")}
+        line = {"step": step, "consumed_tokens": step * self._step_tokens, **losses}
         if self._ranks.rank == 0:
             append_metrics(self._path, line)
         log.info("step %d: validation loss %.4f", step, line["loss"])

@@ -13,7 +13,10 @@ pytestmark = pytest.mark.distributed
 
 JOB = Path(__file__).with_name("loop_job.py")
 STEP_KEYS = ["consumed_tokens", "grad_norm", "lr", "step"]
-LINE_KEYS = sorted([*STEP_KEYS, "loss", "loss_by_language", "loss_by_source", "seconds", "tokens_per_second"])
+LINE_KEYS = sorted([
+    *STEP_KEYS, "loss", "loss_by_language", "loss_by_source", "tokens_by_language", "tokens_by_source", "seconds",
+    "seconds_left", "tokens_per_second", "memory_gib",
+])
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,7 @@ def test_metrics_have_a_line_per_interval_and_for_the_last_step(runs: dict[str, 
         assert sorted(line) == LINE_KEYS
         assert line["loss_by_language"] == {"eng_Latn": pytest.approx(line["loss"])}
         assert line["loss_by_source"] == {"mono": pytest.approx(line["loss"])}
+        assert line["tokens_by_source"] == {"mono": line["consumed_tokens"]}
         assert line["seconds"] > 0 and line["tokens_per_second"] > 0
     assert runs["whole"]["returned"] == lines[-1]
 

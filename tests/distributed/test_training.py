@@ -12,6 +12,9 @@ import torch
 from processes import run_processes
 from training_job import GLOBAL_BATCH, LANGUAGES, MODEL, OPTIMIZER, SOURCES, STEPS, VOCAB, get_batch, sample
 
+from megatron_xalign.config import ModelConfig, ParallelConfig
+from megatron_xalign.training.sizes import stage_parameters
+
 pytestmark = pytest.mark.distributed
 
 JOB = Path(__file__).with_name("training_job.py")
@@ -121,6 +124,20 @@ def test_biases_and_norms_of_heads_do_not_depend_on_the_layout(
     alone = f"one {name.split()[-1]}"
     np.testing.assert_allclose(curve(runs, name, "loss"), curve(runs, alone, "loss"), rtol=0, atol=1e-6)
     np.testing.assert_allclose(curve(runs, name, "grad_norm"), curve(runs, alone, "grad_norm"), rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ONE_PROCESS | TWO_PROCESSES | FOUR_PROCESSES)
+def test_every_process_holds_as_many_parameters_as_the_arithmetic_says(
+    runs: dict[str, list[dict[str, Any]]], name: str
+) -> None:
+    scenario: dict[str, Any] = (ONE_PROCESS | TWO_PROCESSES | FOUR_PROCESSES)[name]
+    model = ModelConfig(**MODEL | scenario.get("model", {}))
+    for result in runs[name]:
+        expected = stage_parameters(
+            model, ParallelConfig(**scenario.get("parallel", {})), scenario.get("padded_vocab_size", VOCAB),
+            result["pipeline_rank"],
+        )
+        assert result["num_parameters"] == expected
 
 
 def test_norms_without_weights_do_not_depend_on_the_layout(runs: dict[str, list[dict[str, Any]]]) -> None:

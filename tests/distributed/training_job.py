@@ -126,5 +126,7 @@ def _train(
             digest.update(parameter.detach().float().numpy().tobytes())
         return {
             "metrics": [json.loads(line) for line in metrics_path.read_text(encoding="utf-8").splitlines()],
+            "num_parameters": sum(parameter.numel() for parameter in chunks[0].parameters()),
+            "pipeline_rank": ranks.pipeline_rank,
             "weights": digest.hexdigest(), "probe": prober.first, "is_last_stage": ranks.is_last_stage,
         }

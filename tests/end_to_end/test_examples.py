@@ -52,6 +52,9 @@ def test_an_example_trains_in_small(example: Path, text: Path, tmp_path: Path, x
     overrides = [part for setting in (*SMALL, *places) for part in ("--set", setting)]
     config = read_config(example, [*SMALL, *places], RunConfig)
     processes = 2 * config.parallel.model_parallel_size if config.parallel.model_parallel_size == 1 else 4
+    planned = xalign("train", example, "--nproc-per-node", processes, *overrides, "--dry-run").stdout
+    assert "memory of one process in GiB" in planned and "GFLOP for each token" in planned
+    assert not (tmp_path / "run").exists()
     xalign("train", example, "--nproc-per-node", processes, *overrides)
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert last["step"] == 2

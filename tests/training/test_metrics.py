@@ -54,6 +54,7 @@ def expected(batches: list[tuple[Batch, torch.Tensor]]) -> dict[str, Any]:
     everything: list[float] = []
     by_language: dict[str, list[float]] = {}
     by_source: dict[str, list[float]] = {}
+    content: dict[str, int] = {}
     for batch, losses in batches:
         for row in range(losses.shape[0]):
             for position in range(losses.shape[1]):
@@ -66,7 +67,12 @@ def expected(batches: list[tuple[Batch, torch.Tensor]]) -> dict[str, Any]:
                     by_language.setdefault(LANGUAGES[language], []).append(loss)
                 if source >= 0:
                     by_source.setdefault(SOURCES[source], []).append(loss)
+                    if language >= 0:
+                        content[SOURCES[source]] = content.get(SOURCES[source], 0) + 1
     return {
+        "tokens_by_language": {name: len(by_language.get(name, [])) for name in LANGUAGES},
+        "tokens_by_source": {name: len(by_source.get(name, [])) for name in SOURCES},
+        "parallel_fraction": content["pairs"] / sum(content.values()),
         "loss": np.mean(everything),
         "loss_by_language": {name: np.mean(losses) for name, losses in by_language.items()},
         "loss_by_source": {name: np.mean(losses) for name, losses in by_source.items()},
@@ -74,13 +80,19 @@ def expected(batches: list[tuple[Batch, torch.Tensor]]) -> dict[str, Any]:
 
 
 def sums_for(ranks: Any) -> LossSums:
-    return LossSums(LANGUAGES, SOURCES, ranks)
+    return LossSums(LANGUAGES, SOURCES, ranks, ["pairs"])
 
 
 def assert_same(means: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert means["loss"] == pytest.approx(wanted["loss"])
     for key in ("loss_by_language", "loss_by_source"):
         assert means[key] == pytest.approx(wanted[key])
+
+
+def assert_same_counts(means: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert means["tokens_by_language"] == wanted["tokens_by_language"]
+    assert means["tokens_by_source"] == wanted["tokens_by_source"]
+    assert means["parallel_fraction"] == pytest.approx(wanted["parallel_fraction"])
 
 
 def test_means_are_weighted_by_tokens_and_split_by_language_and_source() -> None:
@@ -90,6 +102,7 @@ def test_means_are_weighted_by_tokens_and_split_by_language_and_source() -> None
         sums.add(batch, losses)
     means = sums.take()
     assert_same(means, expected(batches))
+    assert_same_counts(means, expected(batches))
     assert "ell_Grek" not in means["loss_by_language"], "no label was in this language"
 
 
@@ -99,7 +112,9 @@ def test_taking_starts_a_new_interval() -> None:
     sums.take()
     second = random_batch(2)
     sums.add(*second)
-    assert_same(sums.take(), expected([second]))
+    means = sums.take()
+    assert_same(means, expected([second]))
+    assert_same_counts(means, expected([random_batch(1), second]))
 
 
 def test_sums_of_a_checkpoint_go_on_where_they_were_on_one_rank_only() -> None:
@@ -111,7 +126,9 @@ def test_sums_of_a_checkpoint_go_on_where_they_were_on_one_rank_only() -> None:
     other.restore(state)
     assert np.abs(other.state()).sum() == 0, "the sums would be counted twice"
     resumed.add(*batches[1])
-    assert_same(resumed.take(), expected(batches))
+    means = resumed.take()
+    assert_same(means, expected(batches))
+    assert_same_counts(means, expected(batches))
     with pytest.raises(ValueError, match="loss sums of shape"):
         LossSums(["one"], SOURCES, OneProcess()).restore(state)  # type: ignore[arg-type]
 
