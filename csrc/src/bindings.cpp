@@ -254,7 +254,7 @@ void define_texts(py::module_& module) {
           [](const xalign::Folding& folding, const py::list& texts) {
             const Texts views(texts);
             py::list folded(views.size());
-            std::vector<std::uint32_t> units;
+            xalign::Buffer<std::uint32_t> units;
             for (std::size_t i = 0; i < views.size(); ++i) {
               folding.fold(views.data()[i], units);
               folded[i] = py::reinterpret_steal<py::str>(PyUnicode_FromKindAndData(
@@ -294,6 +294,7 @@ void define_texts(py::module_& module) {
 
 PYBIND11_MODULE(_native, module) {
   bind_streams(module);
+  bind_blends(module);
   module.doc() = "libxalign: the C++ under csrc/. Contracts stand in csrc/include/xalign/*.h, types in _native.pyi.";
   module.def("blend_order", &blend_order, py::arg("weights"), py::arg("num_samples") = py::none());
   module.def("blend_windows", &blend_windows, py::arg("window_counts"), py::arg("num_samples"), py::kw_only(),

@@ -47,7 +47,7 @@ Key key_of_units(const Unit* units, std::size_t length) {
   return {{mix(first), mix(second)}};
 }
 
-Key key_of(const Folding& folding, const TextView& text, std::vector<std::uint32_t>& folded) {
+Key key_of(const Folding& folding, const TextView& text, Buffer<std::uint32_t>& folded) {
   folding.fold(text, folded);
   if (!folded.empty()) return key_of_units(folded.data(), folded.size());
   const auto length = static_cast<std::size_t>(text.length);
@@ -63,7 +63,7 @@ Key key_of(const Folding& folding, const TextView& text, std::vector<std::uint32
 
 // Adding is the same both ways round; a document of one text must not look like one of two.
 Key key_of_document(const Folding& folding, const TextView& text, const TextView* other,
-                    std::vector<std::uint32_t>& folded) {
+                    Buffer<std::uint32_t>& folded) {
   Key key = key_of(folding, text, folded);
   if (other != nullptr) {
     const Key second = key_of(folding, *other, folded);
@@ -72,65 +72,59 @@ Key key_of_document(const Folding& folding, const TextView& text, const TextView
   return key;
 }
 
-void add_gram_hashes(const std::uint32_t* folded, std::size_t length, std::vector<std::uint64_t>& grams) {
-  if (length == 0) return;
-  std::uint64_t hash = 0;
-  const std::size_t first = std::min(length, kGramLength);
-  for (std::size_t i = 0; i < first; ++i) hash = hash * kGramBase + folded[i] + 1;
-  const std::size_t begin = grams.size();
-  grams.resize(begin + length - first + 1);
-  std::uint64_t* out = grams.data() + begin;
-  *out++ = mix(hash);
-  std::uint64_t leaving = 1;
-  for (std::size_t i = 0; i < kGramLength; ++i) leaving *= kGramBase;
-  for (std::size_t i = first; i < length; ++i) {
-    hash = hash * kGramBase + folded[i] + 1 - leaving * (std::uint64_t{folded[i - kGramLength]} + 1);
-    *out++ = mix(hash);
-  }
-}
-
 // The round in the upper byte makes every throw of a round larger than any of the rounds before it.
 constexpr int kRoundShift = 56;
 static_assert(kSketchBins < 256, "a round fits one byte");
 constexpr int kBinBits = 7;
 static_assert(std::size_t{1} << kBinBits == kSketchBins, "a bin is chosen by some bits of a hash");
+// Which byte of a value is kept: not the lowest, which a multiplication mixes least.
+constexpr int kByteShift = 8;
 constexpr std::uint64_t kHalfMask = (std::uint64_t{1} << (32 - kBinBits)) - 1;
 
-void sketch(const std::vector<std::uint64_t>& grams, std::uint8_t* bytes) {
+// Keeps the smaller value; written so that the compiler needs no branch, which would be hard to predict.
+void keep_least(std::uint64_t& least, std::uint64_t value) { least = value < least ? value : least; }
+
+void sketch(const Buffer<std::uint64_t>& grams, std::uint8_t* bytes) {
   constexpr std::uint64_t empty = std::numeric_limits<std::uint64_t>::max();
   constexpr std::uint64_t value_mask = (std::uint64_t{1} << kRoundShift) - 1;
   std::uint64_t least[kSketchBins];
   std::fill_n(least, kSketchBins, empty);
-  // Gram hashes are mixed already, so the first round takes them as they are.
-  for (const std::uint64_t gram : grams) {
-    const auto bin = static_cast<std::size_t>(gram >> (64 - kBinBits));
-    least[bin] = std::min(least[bin], gram & value_mask);
-  }
+  for (const std::uint64_t gram : grams) keep_least(least[gram >> (64 - kBinBits)], gram & value_mask);
   const auto unfilled = [&] { return std::find(least, least + kSketchBins, empty) != least + kSketchBins; };
-  // Two rounds for one hash: only small sets come here, for which half the bits of a value are enough.
+  // Gram hashes are mixed already, so a multiplication makes another hash of them. Two rounds share one: only small sets
+  // come here, for which half the bits of a value are enough.
   for (std::uint64_t round = 1; round < kSketchBins && unfilled(); round += 2) {
-    const std::uint64_t salt = round * kGramBase, top = round << kRoundShift, next_top = (round + 1) << kRoundShift;
+    const std::uint64_t factor = mix(round) | 1, top = round << kRoundShift, next_top = (round + 1) << kRoundShift;
     for (const std::uint64_t gram : grams) {
-      const std::uint64_t hash = mix(gram + salt);
-      const auto bin = static_cast<std::size_t>(hash >> (64 - kBinBits));
-      least[bin] = std::min(least[bin], (hash >> 32 & kHalfMask) | top);
-      const auto next_bin = static_cast<std::size_t>(hash >> (32 - kBinBits)) & (kSketchBins - 1);
-      least[next_bin] = std::min(least[next_bin], (hash & kHalfMask) | next_top);
+      const std::uint64_t hash = gram * factor;
+      keep_least(least[hash >> (64 - kBinBits)], (hash >> 32 & kHalfMask) | top);
+      keep_least(least[hash >> (32 - kBinBits) & (kSketchBins - 1)], (hash & kHalfMask) | next_top);
     }
   }
   for (std::size_t bin = 0; bin < kSketchBins; ++bin) {
     if (least[bin] != empty) continue;
-    const std::uint64_t salt = (kSketchBins + 1 + bin) * kGramBase;
-    for (const std::uint64_t gram : grams) least[bin] = std::min(least[bin], mix(gram + salt));
+    const std::uint64_t salt = (bin + 1) * kGramBase;
+    for (const std::uint64_t gram : grams) keep_least(least[bin], mix(gram + salt));
   }
-  for (std::size_t bin = 0; bin < kSketchBins; ++bin) bytes[bin] = static_cast<std::uint8_t>(least[bin]);
+  for (std::size_t bin = 0; bin < kSketchBins; ++bin) bytes[bin] = static_cast<std::uint8_t>(least[bin] >> kByteShift);
 }
 
 }  // namespace
 
-void gram_hashes(const std::uint32_t* folded, std::size_t length, std::vector<std::uint64_t>& grams) {
-  grams.clear();
-  add_gram_hashes(folded, length, grams);
+void add_gram_hashes(const Buffer<std::uint32_t>& folded, Buffer<std::uint64_t>& grams) {
+  const std::size_t length = folded.size();
+  if (length == 0) return;
+  const std::size_t first = std::min(length, kGramLength), count = length - first + 1;
+  std::uint64_t* out = grams.reserve(grams.size() + count) + grams.size();
+  grams.set_size(grams.size() + count);
+  std::uint64_t hash = 0, leaving = 1;
+  for (std::size_t i = 0; i < first; ++i) hash = hash * kGramBase + folded[i] + 1;
+  for (std::size_t i = 0; i < kGramLength; ++i) leaving *= kGramBase;
+  *out++ = mix(hash);
+  for (std::size_t i = first; i < length; ++i) {
+    hash = hash * kGramBase + folded[i] + 1 - leaving * (std::uint64_t{folded[i - kGramLength]} + 1);
+    *out++ = mix(hash);
+  }
 }
 
 std::vector<std::uint64_t> text_keys(const Folding& folding, const TextView* texts, std::size_t num_texts) {
@@ -140,7 +134,7 @@ std::vector<std::uint64_t> text_keys(const Folding& folding, const TextView* tex
 std::vector<std::uint64_t> document_keys(const Folding& folding, const TextView* texts, const TextView* others,
                                          std::size_t num_documents) {
   std::vector<std::uint64_t> keys(2 * num_documents);
-  std::vector<std::uint32_t> folded;
+  Buffer<std::uint32_t> folded;
   for (std::size_t d = 0; d < num_documents; ++d) {
     const Key key = key_of_document(folding, texts[d], others == nullptr ? nullptr : others + d, folded);
     keys[2 * d] = key.words[0];
@@ -152,18 +146,19 @@ std::vector<std::uint64_t> document_keys(const Folding& folding, const TextView*
 std::vector<std::uint8_t> document_sketches(const Folding& folding, const Folding& exact, const TextView* texts,
                                             const TextView* others, std::size_t num_documents) {
   std::vector<std::uint8_t> sketches(num_documents * kSketchBins);
-  std::vector<std::uint32_t> folded;
-  std::vector<std::uint64_t> grams;
+  Buffer<std::uint32_t> folded;
+  Buffer<std::uint64_t> grams;
   for (std::size_t d = 0; d < num_documents; ++d) {
-    grams.clear();
+    grams.set_size(0);
     folding.fold(texts[d], folded);
-    add_gram_hashes(folded.data(), folded.size(), grams);
+    add_gram_hashes(folded, grams);
     if (others != nullptr) {
       folding.fold(others[d], folded);
-      add_gram_hashes(folded.data(), folded.size(), grams);
+      add_gram_hashes(folded, grams);
     }
     if (grams.empty()) {
-      grams.push_back(key_of_document(exact, texts[d], others == nullptr ? nullptr : others + d, folded).words[0]);
+      *grams.reserve(1) = key_of_document(exact, texts[d], others == nullptr ? nullptr : others + d, folded).words[0];
+      grams.set_size(1);
     }
     sketch(grams, sketches.data() + d * kSketchBins);
   }

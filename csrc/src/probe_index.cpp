@@ -62,7 +62,7 @@ std::pair<const HashIndex::Entry*, const HashIndex::Entry*> HashIndex::find(std:
 }
 
 struct ProbeIndex::Scratch {
-  std::vector<std::uint64_t> grams;
+  Buffer<std::uint64_t> grams;
   std::vector<std::int32_t> hits;  // one for each sentence, zero between texts
   std::vector<std::int32_t> hit_sentences;
 };
@@ -75,24 +75,26 @@ ProbeIndex::ProbeIndex(const Folding& folding, const TextView* sentences, std::s
   std::vector<HashIndex::Entry> whole, beginning, rare;
   std::unordered_map<std::uint64_t, std::int32_t> frequency;
   std::set<std::vector<std::uint32_t>> seen;
+  Buffer<std::uint32_t> folded;
+  Buffer<std::uint64_t> gram_buffer;
   for (std::size_t s = 0; s < num_sentences; ++s) {
-    std::vector<std::uint32_t> folded;
     folding_.fold(sentences[s], folded);
     if (folded.empty()) throw std::invalid_argument("held-out sentence " + std::to_string(s) + " has no word.");
-    folded.shrink_to_fit();
+    std::vector<std::uint32_t> sentence(folded.begin(), folded.end());
     // One of several equal sentences answers for all; the others would only lengthen the lists.
-    if (!seen.insert(folded).second) continue;
+    if (!seen.insert(sentence).second) continue;
     const auto id = static_cast<std::int32_t>(sentences_.size());
     whole.emplace_back(hash_of(folded.data(), folded.size()), id);
     if (folded.size() - 2 >= min_contained_) beginning.emplace_back(hash_of(folded.data() + 1, min_contained_), id);
-    std::vector<std::uint64_t> grams;
-    gram_hashes(folded.data(), folded.size(), grams);
+    gram_buffer.set_size(0);
+    add_gram_hashes(folded, gram_buffer);
+    std::vector<std::uint64_t> grams(gram_buffer.begin(), gram_buffer.end());
     std::sort(grams.begin(), grams.end());
     grams.erase(std::unique(grams.begin(), grams.end()), grams.end());
     grams.shrink_to_fit();
     for (const std::uint64_t gram : grams) ++frequency[gram];
     longest_ = std::max(longest_, folded.size());
-    sentences_.push_back(std::move(folded));
+    sentences_.push_back(std::move(sentence));
     grams_.push_back(std::move(grams));
   }
   for (std::size_t s = 0; s < sentences_.size(); ++s) {
@@ -111,12 +113,11 @@ ProbeIndex::ProbeIndex(const Folding& folding, const TextView* sentences, std::s
   rare_.build(std::move(rare));
 }
 
-bool ProbeIndex::matches_at(const std::vector<std::uint32_t>& text, std::size_t at, std::size_t sentence) const {
+bool ProbeIndex::matches_at(const Buffer<std::uint32_t>& text, std::size_t at, std::size_t sentence) const {
   const auto& held = sentences_[sentence];
   const std::size_t length = held.size() - 2;
   if (at + length >= text.size()) return false;
-  const auto begin = text.begin() + static_cast<std::ptrdiff_t>(at);
-  if (!std::equal(held.begin() + 1, held.end() - 1, begin)) return false;
+  if (!std::equal(held.begin() + 1, held.end() - 1, text.begin() + at)) return false;
   const auto unspaced = [&](std::size_t i) {
     while (folding_.kind(text[i]) == Kind::kMark && i > 0) --i;
     return folding_.kind(text[i]) == Kind::kUnspaced;
@@ -128,10 +129,11 @@ bool ProbeIndex::matches_at(const std::vector<std::uint32_t>& text, std::size_t 
   return folding_.kind(next) != Kind::kMark && (unspaced(at + length) || unspaced(at + length - 1));
 }
 
-bool ProbeIndex::contains(const std::vector<std::uint32_t>& text) const {
+bool ProbeIndex::contains(const Buffer<std::uint32_t>& text) const {
   const auto same = whole_.find(hash_of(text.data(), text.size()));
   for (const auto* entry = same.first; entry != same.second; ++entry) {
-    if (sentences_[static_cast<std::size_t>(entry->second)] == text) return true;
+    const auto& held = sentences_[static_cast<std::size_t>(entry->second)];
+    if (std::equal(held.begin(), held.end(), text.begin(), text.end())) return true;
   }
   if (text.size() < min_contained_ + 2) return false;
   std::uint64_t hash = 0, leaving = 1;
@@ -149,10 +151,11 @@ bool ProbeIndex::contains(const std::vector<std::uint32_t>& text) const {
   }
 }
 
-bool ProbeIndex::resembles(const std::vector<std::uint32_t>& text, Scratch& scratch) const {
+bool ProbeIndex::resembles(const Buffer<std::uint32_t>& text, Scratch& scratch) const {
   if (text.size() > 2 * longest_) return false;
   auto& grams = scratch.grams;
-  gram_hashes(text.data(), text.size(), grams);
+  grams.set_size(0);
+  add_gram_hashes(text, grams);
   for (const std::uint64_t gram : grams) {
     const auto found = rare_.find(gram);
     for (const auto* entry = found.first; entry != found.second; ++entry) {
@@ -166,8 +169,9 @@ bool ProbeIndex::resembles(const std::vector<std::uint32_t>& text, Scratch& scra
     scratch.hits[s] = 0;
     if (!compare) continue;
     if (!sorted) {
-      std::sort(grams.begin(), grams.end());
-      grams.erase(std::unique(grams.begin(), grams.end()), grams.end());
+      std::uint64_t* first = grams.reserve(grams.size());
+      std::sort(first, first + grams.size());
+      grams.set_size(static_cast<std::size_t>(std::unique(first, first + grams.size()) - first));
       sorted = true;
     }
     const auto& held = grams_[s];
@@ -186,7 +190,7 @@ bool ProbeIndex::resembles(const std::vector<std::uint32_t>& text, Scratch& scra
 
 std::vector<std::uint8_t> ProbeIndex::touch(const TextView* texts, std::size_t num_texts) const {
   std::vector<std::uint8_t> touches(num_texts, static_cast<std::uint8_t>(Touch::kNone));
-  std::vector<std::uint32_t> folded;
+  Buffer<std::uint32_t> folded;
   Scratch scratch;
   scratch.hits.assign(sentences_.size(), 0);
   for (std::size_t i = 0; i < num_texts; ++i) {

@@ -36,7 +36,7 @@ _LOOKED_AT = (
     *range(0x2F800, 0x2FA20), *range(0xE0000, 0xE1000),
 )  # fmt: skip
 # Kinds as in csrc/include/xalign/folding.h.
-_SPACE, _IGNORED, _SIGN, _LETTER, _IDEOGRAPH, _UNSPACED, _MARK, _EXPANSION = range(8)
+_SPACE, _SIGN, _LETTER, _IGNORED, _IDEOGRAPH, _UNSPACED, _MARK, _EXPANSION = range(8)
 
 # Characters that show nothing though their category is one of visible ones (the property Default_Ignorable_Code_Point
 # of the Unicode Character Database), and the Arabic tatweel, which only stretches a word.

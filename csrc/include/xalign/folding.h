@@ -1,8 +1,11 @@
 // Text without what makes no difference: a table says what becomes of each code point, this says how words are joined.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <utility>
 #include <vector>
 
 namespace xalign {
@@ -14,14 +17,41 @@ struct TextView {
   std::int32_t bytes_per_character;
 };
 
+// Working memory used again and again. Unlike a vector's, its new room is not cleared: whoever asks for it writes it.
+template <typename Item>
+class Buffer {
+ public:
+  // Room for at least so many items; the first size() stay what they are.
+  Item* reserve(std::size_t items) {
+    if (items > capacity_) {
+      capacity_ = std::max(items, capacity_ + capacity_ / 2);
+      std::unique_ptr<Item[]> larger(new Item[capacity_]);
+      std::copy_n(items_.get(), size_, larger.get());
+      items_ = std::move(larger);
+    }
+    return items_.get();
+  }
+  void set_size(std::size_t size) { size_ = size; }  // at most what was reserved
+  std::size_t size() const { return size_; }
+  bool empty() const { return size_ == 0; }
+  const Item* data() const { return items_.get(); }
+  const Item* begin() const { return items_.get(); }
+  const Item* end() const { return items_.get() + size_; }
+  Item operator[](std::size_t i) const { return items_[i]; }
+
+ private:
+  std::unique_ptr<Item[]> items_;
+  std::size_t capacity_ = 0, size_ = 0;
+};
+
 constexpr std::uint32_t kCodePoints = 0x110000;
 
 // What a code point does to a folded text.
 enum class Kind : std::uint32_t {
   kSpace = 0,      // shows nothing and parts words
-  kIgnored = 1,    // shows nothing and parts nothing
-  kSign = 2,       // shows, is no part of a word, parts words
-  kLetter = 3,     // part of a word; words are parted by one space
+  kSign = 1,       // shows, is no part of a word, parts words
+  kLetter = 2,     // part of a word; words are parted by one space
+  kIgnored = 3,    // shows nothing and parts nothing
   kIdeograph = 4,  // a word by itself
   kUnspaced = 5,   // a letter of a script written without spaces: spaces and signs beside it are dropped
   kMark = 6,       // belongs to the letter before it
@@ -41,13 +71,13 @@ class Folding {
   // Replaces `folded` by a space, the words of the text joined by single spaces, and a space; empty if there is no word.
   // Runs of combining marks are put in canonical order (Unicode Standard Annex 15), so that a table of full
   // decompositions makes canonically equivalent texts equal. Time O(length), O(n log n) for a run of n marks.
-  void fold(const TextView& text, std::vector<std::uint32_t>& folded) const;
+  void fold(const TextView& text, Buffer<std::uint32_t>& folded) const;
 
   Kind kind(std::uint32_t code_point) const { return static_cast<Kind>((table_[code_point] >> 21) & 7U); }
 
  private:
   template <typename Unit>
-  void fold_units(const Unit* text, std::size_t length, std::vector<std::uint32_t>& folded) const;
+  void fold_units(const Unit* text, std::size_t length, Buffer<std::uint32_t>& folded) const;
 
   std::vector<std::uint32_t> table_;
   std::vector<std::uint32_t> expansions_;

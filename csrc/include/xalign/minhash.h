@@ -17,8 +17,8 @@ constexpr std::size_t kGramLength = 5;
 // Bins of a sketch, one byte each.
 constexpr std::size_t kSketchBins = 128;
 
-// 64-bit hashes of a folded text's grams, one for each position, repeats included. Replaces `grams`.
-void gram_hashes(const std::uint32_t* folded, std::size_t length, std::vector<std::uint64_t>& grams);
+// Appends 64-bit hashes of a folded text's grams, one for each position, repeats included.
+void add_gram_hashes(const Buffer<std::uint32_t>& folded, Buffer<std::uint64_t>& grams);
 
 // A text's key, two 61-bit numbers spread over 64 bits each. Two code points of the folded text (of a text that folds to
 // nothing, of the text itself) make one digit, (c_1 + 1) + (c_2 + 1) 2^21, the last maybe half of one; the n digits d make

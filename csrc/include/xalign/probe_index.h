@@ -51,9 +51,9 @@ class ProbeIndex {
 
  private:
   struct Scratch;
-  bool contains(const std::vector<std::uint32_t>& text) const;
-  bool resembles(const std::vector<std::uint32_t>& text, Scratch& scratch) const;
-  bool matches_at(const std::vector<std::uint32_t>& text, std::size_t at, std::size_t sentence) const;
+  bool contains(const Buffer<std::uint32_t>& text) const;
+  bool resembles(const Buffer<std::uint32_t>& text, Scratch& scratch) const;
+  bool matches_at(const Buffer<std::uint32_t>& text, std::size_t at, std::size_t sentence) const;
 
   Folding folding_;
   double near_;
