@@ -44,7 +44,9 @@ from megatron_xalign.formats.token_file_layout import (
     read_manifest,
     token_dtype,
 )
+from megatron_xalign.formats.token_file_merge import merge_token_files
 from megatron_xalign.formats.token_file_reader import TokenFile, read_token_file
+from megatron_xalign.formats.token_file_statistics import token_file_statistics
 from megatron_xalign.formats.token_file_writer import TokenFileWriter
 
 __all__ = [
@@ -61,9 +63,11 @@ __all__ = [
     "check_same_tokenizer",
     "check_token_file",
     "companion",
+    "merge_token_files",
     "read_manifest",
     "read_token_file",
     "sample_documents",
     "token_dtype",
+    "token_file_statistics",
     "verify_token_file",
 ]

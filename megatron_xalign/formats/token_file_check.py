@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,7 @@ from megatron_xalign.formats.token_file_reader import (
     open_by_sizes,
     span_disagreements,
 )
-from megatron_xalign.formats.token_file_structure import SpanWalk, Tally, index_problems, read_offsets
-from megatron_xalign.progress import progress_bar
+from megatron_xalign.formats.token_file_structure import SpanWalk, Tally, byte_bar, index_problems, read_offsets
 
 _HASHED_BYTES = 1 << 22
 
@@ -138,17 +136,12 @@ def check_token_file(
     except FormatError as error:
         job.problem("files", str(error))
         return job.report
-    with progress_or_none(progress, sum(sizes.values()), f"verify {Path(prefix).name}") as bar:
+    with byte_bar(progress, sum(sizes.values()), f"verify {Path(prefix).name}") as bar:
         job.run(bar)
     if job.report.good:
         file = open_by_sizes(Path(prefix), job.language, job.eod, "sizes")
         job.report.sample = sample_documents(file, samples)
     return job.report
-
-
-def progress_or_none(shown: bool, total_bytes: int, what: str) -> AbstractContextManager[tqdm]:
-    """A bar of bytes, or one that shows nothing."""
-    return progress_bar(total_bytes, what, "B") if shown else nullcontext(tqdm(disable=True))
 
 
 def sample_documents(file: TokenFile, count: int = 3, most_tokens: int = 64) -> list[dict[str, Any]]:

@@ -385,7 +385,7 @@ def read_manifest(prefix: str | Path) -> dict[str, Any]:
     check(manifest.get("dtype") in CODE_OF if isinstance(manifest.get("dtype"), str) else False, "dtype")
     tokenizer: Any = manifest.get("tokenizer")
     check(isinstance(tokenizer, dict), "tokenizer")
-    good = all(_is_count(tokenizer.get(name)) for name in ("vocab_size", "eod"))
+    good = all(_is_count(tokenizer.get(name)) for name in ("vocab_size", "eod")) and tokenizer["vocab_size"] > 0
     check(good and isinstance(tokenizer.get("sha256"), str), "tokenizer")
     files: Any = manifest.get("files")
     check(isinstance(files, dict) and sorted(files) == sorted(COMPANIONS), "files")

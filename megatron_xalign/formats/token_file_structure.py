@@ -9,9 +9,11 @@ piece its sequences, spans or tokens; what does not fit together is a :class:`Fo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
 from megatron_xalign.errors import FormatError
 from megatron_xalign.formats.token_file_layout import (
@@ -23,6 +25,12 @@ from megatron_xalign.formats.token_file_layout import (
     SpansLayout,
     chunks,
 )
+from megatron_xalign.progress import progress_bar
+
+
+def byte_bar(shown: bool, total_bytes: int, what: str) -> AbstractContextManager[tqdm]:
+    """A progress bar of bytes, or one that shows nothing."""
+    return progress_bar(total_bytes, what, "B") if shown else nullcontext(tqdm(disable=True))
 
 
 def read_first_sequences(reader: ColumnReader, index: IndexLayout, begin: int, end: int) -> np.ndarray:
