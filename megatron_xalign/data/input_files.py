@@ -88,7 +88,7 @@ def find_inputs(
     if format != "auto" and format not in {*_FORMATS.values(), "moses"}:
         raise ValueError(f"format={format!r} is not one of auto, {', '.join(sorted({*_FORMATS.values(), 'moses'}))}.")
     named = [item for argument in arguments for item in _expand(argument)]
-    if not named:
+    if not arguments:
         raise CorpusError("no input is named; give files, folders or patterns.")
     codes = LanguageCodes(fields) if fields is not None else None
     wanted = set(_wanted_languages(fields)) if fields is not None else set()
@@ -168,9 +168,11 @@ def _expand(argument: str | Path) -> Iterator[_Named]:
             raise CorpusError(f"{text}: no file has a name like this.")
         # "**" finds a folder and the files in it; each file counts once.
         folders = "**" not in text
+        # "folder/*" means what is of use there, "folder/*.jsonl" just these.
+        any_name = not text.rstrip("*") or text.rstrip("*").endswith("/")
         for found in sorted(map(Path, names), key=lambda found: found.parts):
             if not found.is_dir():
-                yield _Named(found, language, False)
+                yield _Named(found, language, any_name)
             elif folders:
                 yield from (_Named(inside, language, True) for inside in _files_under(found))
     else:

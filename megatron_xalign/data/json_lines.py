@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Protocol
 
 import msgspec
+import numpy as np
 
 from megatron_xalign.data.batches import Task, TextBatch, monolingual_batch, pairs_of_columns, pairs_of_records
 from megatron_xalign.data.fields import Fields
@@ -20,6 +21,7 @@ from megatron_xalign.data.line_blocks import Block
 from megatron_xalign.data.reading import Place
 
 _JSON_SPACE = b" \t\r\n"
+_LINE_BREAK, _CARRIAGE_RETURN, _OPENS, _CLOSES = b"\n\r{}"
 
 
 class MalformedError(Exception):
@@ -86,8 +88,13 @@ def _is_one_object_a_line(block: Block) -> bool:
     data = block.data
     if not data.startswith(b"{") or not data.endswith((b"}", b"}\n", b"}\r\n")):
         return False
-    joints = block.num_lines - 1
-    return data.count(b"}\n{") == joints or data.count(b"}\n{") + data.count(b"}\r\n{") == joints
+    characters = np.frombuffer(data, np.uint8)
+    breaks = np.flatnonzero(characters == _LINE_BREAK)
+    if data.endswith(b"\n"):
+        breaks = breaks[:-1]
+    before = characters[breaks - 1]
+    before = np.where(before == _CARRIAGE_RETURN, characters[breaks - 2], before)
+    return bool(np.all(before == _CLOSES) and np.all(characters[breaks + 1] == _OPENS))
 
 
 def _decode_line(line: bytes, layout: Layout) -> Any:
@@ -105,7 +112,8 @@ def object_in(line: bytes) -> dict[str, Any]:
         MalformedError: it is something else.
     """
     try:
-        content = json.loads(line)
+        # Decoded here since json guesses at encodings, and lets halves of surrogate pairs pass.
+        content = json.loads(line.decode())
     except UnicodeDecodeError as error:
         found = f" at byte {error.start} of the line (0x{line[error.start]:02X})"
         raise MalformedError("not UTF-8", f"{found}{_LATIN}") from None

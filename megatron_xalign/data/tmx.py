@@ -65,17 +65,22 @@ class _Units:
 
     def feed(self, chunk: bytes) -> None:
         """Parse some more of the file."""
-        try:
-            self._parser.Parse(chunk, False)
-        except expat.ExpatError as error:
-            raise self._not_xml(error) from None
+        self._parse(chunk, False)
 
     def close(self) -> None:
         """Parse the end of the file."""
+        self._parse(b"", True)
+
+    def _parse(self, chunk: bytes, is_last: bool) -> None:
         try:
-            self._parser.Parse(b"", True)
+            self._parser.Parse(chunk, is_last)
         except expat.ExpatError as error:
             raise self._not_xml(error) from None
+        except (LookupError, ValueError) as error:
+            raise CorpusError(
+                f"{self._place.path}: its first line says an encoding that is not known here ({error}); convert the file to "
+                "UTF-8 and say so there."
+            ) from None
 
     def take(self) -> TextBatch:
         """The pairs of the units that ended so far."""
