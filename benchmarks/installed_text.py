@@ -3,9 +3,9 @@
     python benchmarks/installed_text.py OUT.jsonl [--folder DIR ...] [--megabytes 150]
 
 Any Linux has some (/usr/share/doc, /usr/share/man, the documentation of Python packages). More, and in more languages,
-is in documentation packages, which need not be installed: `apt-get download libreoffice-help-fi`, `dpkg -x FILE.deb DIR`,
-then `--folder DIR`. A paragraph occurs once; documents are consecutive paragraphs of a file, of 20 to 5,000 words, spread
-evenly over the orders of magnitude between, as pages of the web are.
+is in documentation packages, which need not be installed: `apt-get download libreoffice-help-fi`, then
+`dpkg -x FILE.deb DIR` and `--folder DIR`. A paragraph occurs once; documents are consecutive paragraphs of a file, of
+20 to 5,000 words, spread evenly over the orders of magnitude between, as pages of the web are.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def main() -> int:
     """Make a corpus by the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--folder", type=Path, action="append", default=[], help="where to look (default: usual places)")
+    parser.add_argument("--folder", type=Path, action="append", default=[], help="where to look (the usual places)")
     parser.add_argument("--megabytes", type=float, default=150.0)
     options = parser.parse_args()
     made = make_corpus(options.out, options.folder or default_folders(), int(options.megabytes * 1e6))
