@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
@@ -147,7 +149,7 @@ def start(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
 
     Args:
         parallel: tensor and pipeline size; what is left of the processes is data-parallel.
-        seed: seed of torch and of Megatron's random states, not negative.
+        seed: seed of the random states of torch, Megatron, NumPy and Python, not negative.
 
     Yields:
         This process's place in the job.
@@ -182,6 +184,9 @@ def start(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
             distributed_timeout_minutes=parallel.distributed_timeout_seconds / 60,
         )
         torch.manual_seed(seed)
+        # Nothing here draws from these two; what a user's observer draws should be the same in every run.
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         ranks = Ranks(
             rank=rank, world_size=world_size, device=device,

@@ -616,9 +616,11 @@ def _write_random_state(path: Path, ranks: Ranks) -> None:
     version, internal, gauss_next = random.getstate()
     content = save(
         {name: tensor.clone() for name, tensor in tensors.items()},
+        # One entry: safetensors writes several in any order, and equal states are to be equal bytes.
         metadata={
-            "numpy": json.dumps([kind, np.asarray(keys).tolist(), *rest]),
-            "python": json.dumps([version, internal, gauss_next]),
+            "generators": json.dumps({
+                "numpy": [kind, np.asarray(keys).tolist(), *rest], "python": [version, internal, gauss_next]
+            })
         },
     )
     with path.open("wb") as file:
@@ -642,7 +644,8 @@ def _read_random_state(path: Path, ranks: Ranks) -> None:
     get_cuda_rng_tracker().set_states(
         {name.removeprefix("megatron."): state for name, state in tensors.items() if name.startswith("megatron.")}
     )
-    kind, keys, *rest = json.loads(metadata["numpy"])
+    generators = json.loads(metadata["generators"])
+    kind, keys, *rest = generators["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    version, internal, gauss_next = json.loads(metadata["python"])
+    version, internal, gauss_next = generators["python"]
     random.setstate((version, tuple(internal), gauss_next))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from corpus_of_nonsense import LANGUAGES, write_corpus
+from corpus_of_nonsense import LANGUAGES
 from xalign_process import ROOT, Xalign
 
 from megatron_xalign.config import RunConfig, read_config
@@ -20,26 +20,6 @@ SMALL = (
     "optimizer.lr_warmup_steps=1", "training.save_interval_steps=2", "capture.probe_interval_steps=2",
     "capture.stream_interval_steps=1", "capture.probe_batch_tokens=512",
 )
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory, xalign: Xalign) -> Path:
-    """Token files of a small corpus."""
-    folder = tmp_path_factory.mktemp("text")
-    own = write_corpus(folder / "own")
-    files = [f"--monolingual={language}={own}/{language}.jsonl" for language in LANGUAGES]
-    xalign("corpus", folder / "corpus", *files, "--pairs", own / "pairs.jsonl", "--num-probe", "20")
-    xalign("tokenizer", "train", folder / "corpus", folder / "tokenizer", "--vocab-size", "400")
-    for language in LANGUAGES:
-        xalign(
-            "preprocess", folder / "corpus" / f"{language}.jsonl", "--language", language, "--tokenizer",
-            folder / "tokenizer", "--output-prefix", folder / "tokens" / language,
-        )
-    xalign(
-        "preprocess", folder / "corpus" / "pairs.jsonl", "--pairs", ",".join(LANGUAGES), "--tokenizer",
-        folder / "tokenizer", "--output-prefix", folder / "tokens" / "-".join(LANGUAGES),
-    )
-    return folder
 
 
 @pytest.mark.end_to_end
