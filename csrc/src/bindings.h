@@ -50,4 +50,7 @@ py::array_t<T> to_array(std::vector<T>&& items) {
 // bindings_stream.cpp: Permutation, SourceStream, SampleIndex and the batch reader.
 void bind_streams(py::module_& module);
 
+// bindings_blend.cpp: how orders of samples and documents are chosen, counted and kept. After bind_streams.
+void bind_blends(py::module_& module);
+
 }  // namespace xalign_python

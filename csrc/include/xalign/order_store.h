@@ -23,9 +23,9 @@ std::int64_t rows_per_block(std::int32_t num_sources);
 // The source of every row, one or two bytes each, and before every block how often each source has come.
 class SourceRows {
  public:
-  // ids: [num_rows] of width_bytes (1 or 2). counts_before: [ceil(num_rows / rows_per_block) + 1, num_sources], row b =
-  // how often each source comes before row b * rows_per_block(num_sources) (the last one: in all rows). Throws
-  // std::invalid_argument on contradictory sizes. An id that is no source is found when it is read.
+  // ids: [num_rows] of width_bytes (1 or 2). counts_before: [num_blocks + 1, num_sources], row b =
+  // how often each source comes before row b * rows_per_block(num_sources) (the last one: in all rows). num_counts:
+  // numbers in it. Throws std::invalid_argument on contradictory sizes. An id that is no source is found when it is read.
   SourceRows(const void* ids, int width_bytes, std::int64_t num_rows, const std::int64_t* counts_before,
              std::int64_t num_counts, std::int32_t num_sources);
 
@@ -51,7 +51,7 @@ class RowWalk {
  public:
   RowWalk(const SourceRows& rows, std::int64_t first_row) : rows_(&rows), row_(first_row) {}
   std::int64_t row() const { return row_; }
-  Origin next();  // the origin of row(), which then moves on; throws as SourceRows::origin
+  Origin next();  // the origin of row(), which then moves on; throws as SourceRows::source
 
  private:
   struct Next {
@@ -92,50 +92,11 @@ void batch_positions(std::uint64_t key, std::int64_t step, std::int64_t batch_si
 // positions[slot] alone, in constant time. Throws std::invalid_argument also if the slot is outside the batch.
 std::int64_t batch_position(std::uint64_t key, std::int64_t step, std::int64_t slot, std::int64_t batch_size);
 
-// packing: source_windows. Sample k of the run is the row that its slot of its step's batch names.
-class SampleOrder {
- public:
-  // The rows must be whole batches. Throws std::invalid_argument otherwise.
-  SampleOrder(SourceRows rows, std::uint64_t batch_key, std::int64_t batch_size);
-  std::int64_t num_samples() const { return rows_.num_rows(); }
-  std::int64_t row_of(std::int64_t sample) const;  // throws std::out_of_range
-  Origin origin(std::int64_t sample) const { return rows_.origin(row_of(sample)); }
-  const SourceRows& rows() const { return rows_; }
-
- private:
-  SourceRows rows_;
-  std::uint64_t batch_key_;
-  std::int64_t batch_size_;
-};
-
 // Where a sample of packing: mixed_documents begins, and how many positions at its end hold nothing.
 struct SampleBorder {
   std::int64_t row;      // of the document that its first token is in
   std::int32_t token;    // which token of that document
   std::int32_t padding;  // positions at the end of the sample without a token
-};
-
-// packing: mixed_documents. The stream is the documents of all rows one behind the other, but for padding. A document
-// that is to be kept whole and is longer than a sample takes no place in it: the reader leaves out rows of a source
-// that keeps documents whole where the document is longer than seq_length, and documents of no tokens.
-// Sample k reads S - padding tokens from its border on, and one more, its last label, if its padding is 0.
-class DocumentOrder {
- public:
-  // borders: [num_samples + 1] in the chosen order; the last one only says where the last label is. Throws
-  // std::invalid_argument if the samples are not whole batches or a border is not in the rows (looked at when read).
-  DocumentOrder(SourceRows rows, const SampleBorder* borders, std::int64_t num_samples, std::uint64_t batch_key,
-                std::int64_t batch_size);
-  std::int64_t num_samples() const { return num_samples_; }
-  // The border of sample k of the run (after the shuffle inside batches); throws std::out_of_range.
-  SampleBorder border(std::int64_t sample) const;
-  const SourceRows& rows() const { return rows_; }
-
- private:
-  SourceRows rows_;
-  const SampleBorder* borders_;
-  std::int64_t num_samples_;
-  std::uint64_t batch_key_;
-  std::int64_t batch_size_;
 };
 
 }  // namespace xalign

@@ -1,0 +1,125 @@
+#include "xalign/blend_tally.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "xalign/order_store.h"
+
+namespace xalign {
+
+namespace {
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+}  // namespace
+
+BlendTally::BlendTally(const FractionSchedule& schedule, std::vector<bool> is_parallel,
+                       std::vector<std::vector<std::int32_t>> languages_of_source, std::size_t num_languages,
+                       bool count_all_tokens, std::int64_t batch_size, std::uint64_t batch_key)
+    : schedule_(schedule),
+      is_parallel_(std::move(is_parallel)),
+      languages_of_source_(std::move(languages_of_source)),
+      count_all_tokens_(count_all_tokens),
+      batch_size_(batch_size),
+      batch_key_(batch_key) {
+  require(batch_size >= 1, "batch_size=" + std::to_string(batch_size) + " is below 1.");
+  require(languages_of_source_.size() == is_parallel_.size(), "languages_of_source and sources differ in length.");
+  for (const auto& languages : languages_of_source_) {
+    for (const std::int32_t language : languages) {
+      require(language >= 0 && static_cast<std::size_t>(language) < num_languages,
+              "language " + std::to_string(language) + " is outside 0.." + std::to_string(num_languages) + ".");
+    }
+  }
+  sources_.resize(is_parallel_.size());
+  for (std::size_t j = 0; j < sources_.size(); ++j) sources_[j].content.resize(languages_of_source_[j].size());
+  phases_.assign(schedule.num_phases(), TextSums(num_languages));
+  asked_.resize(schedule.num_phases(), 0);
+  slots_.assign(static_cast<std::size_t>(batch_size), TextSums(num_languages));
+  padding_of_slots_.resize(static_cast<std::size_t>(batch_size), 0);
+  positions_.resize(static_cast<std::size_t>(batch_size));
+  slot_of_position_.resize(static_cast<std::size_t>(batch_size));
+}
+
+std::size_t BlendTally::slot_of(std::int64_t sample) {
+  const std::int64_t step = sample / batch_size_;
+  if (step != step_) {
+    batch_positions(batch_key_, step, batch_size_, positions_.data());
+    for (std::size_t slot = 0; slot < positions_.size(); ++slot) {
+      slot_of_position_[static_cast<std::size_t>(positions_[slot])] = static_cast<std::int64_t>(slot);
+    }
+    step_ = step;
+  }
+  return static_cast<std::size_t>(slot_of_position_[static_cast<std::size_t>(sample % batch_size_)]);
+}
+
+void BlendTally::add_asked(std::int64_t sample, std::int64_t begun_in, std::int64_t counted) {
+  asked_[schedule_.phase_of(sample)] += static_cast<int128>(schedule_.numerator(begun_in)) * counted;
+}
+
+void BlendTally::add_content(std::int32_t source, std::int64_t sample, std::int64_t begun_in,
+                             const std::int32_t* content) {
+  const auto j = static_cast<std::size_t>(source);
+  const auto& languages = languages_of_source_[j];
+  const std::size_t origin = is_parallel_[j];
+  auto& of_phase = phases_[schedule_.phase_of(sample)].content[origin];
+  auto& of_slot = slots_[slot_of(sample)].content[origin];
+  std::int64_t sum = 0;
+  for (std::size_t column = 0; column < languages.size(); ++column) {
+    const auto language = static_cast<std::size_t>(languages[column]);
+    sources_[j].content[column] += content[column];
+    of_phase[language] += content[column];
+    of_slot[language] += content[column];
+    sum += content[column];
+  }
+  if (!count_all_tokens_) add_asked(sample, begun_in, sum);
+}
+
+void BlendTally::add(std::int32_t source, std::int64_t sample, std::int64_t begun_in, const std::int32_t* content,
+                     std::int64_t tokens, std::int64_t loss, bool begins_row) {
+  const auto j = static_cast<std::size_t>(source);
+  const std::size_t origin = is_parallel_[j];
+  sources_[j].tokens += tokens;
+  sources_[j].loss += loss;
+  sources_[j].rows += begins_row;
+  for (TextSums* sums : {&phases_[schedule_.phase_of(sample)], &slots_[slot_of(sample)]}) {
+    sums->tokens[origin] += tokens;
+    sums->loss[origin] += loss;
+    sums->rows[origin] += begins_row;
+  }
+  if (count_all_tokens_) add_asked(sample, begun_in, tokens);
+  if (content != nullptr) add_content(source, sample, begun_in, content);
+}
+
+void BlendTally::add_content(const CutPiece& piece, const std::int32_t* content) {
+  require(piece.source >= 0 && static_cast<std::size_t>(piece.source) < sources_.size(),
+          "a piece names source " + std::to_string(piece.source) + " of " + std::to_string(sources_.size()) + ".");
+  std::int64_t sum = 0;
+  for (std::size_t column = 0; column < sources_[static_cast<std::size_t>(piece.source)].content.size(); ++column) {
+    require(content[column] >= 0, "a piece of source " + std::to_string(piece.source) + " has a negative count.");
+    sum += content[column];
+  }
+  require(sum <= piece.end - piece.begin,
+          "a piece of source " + std::to_string(piece.source) + " has more content than tokens.");
+  add_content(piece.source, piece.sample, piece.begun_in, content);
+}
+
+void BlendTally::take_back_loss(std::int32_t source, std::int64_t sample) {
+  const auto j = static_cast<std::size_t>(source);
+  const std::size_t origin = is_parallel_[j];
+  --sources_[j].loss;
+  --phases_[schedule_.phase_of(sample)].loss[origin];
+  --slots_[slot_of(sample)].loss[origin];
+}
+
+void BlendTally::add_padding(std::int64_t sample, std::int64_t tokens) { padding_of_slots_[slot_of(sample)] += tokens; }
+
+void BlendTally::add_left_out(std::int32_t source, std::int64_t tokens) {
+  ++sources_[static_cast<std::size_t>(source)].left_out_rows;
+  sources_[static_cast<std::size_t>(source)].left_out_tokens += tokens;
+}
+
+}  // namespace xalign
