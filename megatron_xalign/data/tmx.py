@@ -78,8 +78,8 @@ class _Units:
             raise self._not_xml(error) from None
         except (LookupError, ValueError) as error:
             raise CorpusError(
-                f"{self._place.path}: its first line says an encoding that is not known here ({error}); convert the file to "
-                "UTF-8 and say so there."
+                f"{self._place.path}: its first line says an encoding that is not known here ({error}); convert the "
+                "file to UTF-8 and say so there."
             ) from None
 
     def take(self) -> TextBatch:

@@ -45,7 +45,8 @@ def test_folders_are_searched_in_order_of_name(tmp_path: Path, caplog: pytest.Lo
     make(tmp_path, "b/2.jsonl", "b/10.jsonl.gz", "a/x.parquet", "a.txt", "c.jsonl.zst", ".hidden.jsonl", ".git/x.jsonl",
          "README.md", "MANIFEST.json", "b/c/d.tsv")
     found = find_inputs([tmp_path], fields=FINNISH)
-    assert names_of(found, tmp_path) == ["a/x.parquet", "a.txt", "b/10.jsonl.gz", "b/2.jsonl", "b/c/d.tsv", "c.jsonl.zst"]
+    expected = ["a/x.parquet", "a.txt", "b/10.jsonl.gz", "b/2.jsonl", "b/c/d.tsv", "c.jsonl.zst"]
+    assert names_of(found, tmp_path) == expected
     assert [file.format for file in found] == ["parquet", "text", "jsonl", "jsonl", "tsv", "jsonl"]
     assert [file.compression for file in found] == [None, None, "gz", None, None, "zst"]
     assert "2 files in the folders are left out" in caplog.text and "README.md" in caplog.text
@@ -77,7 +78,7 @@ def test_a_language_before_the_path_wins_over_that_of_all_files(tmp_path: Path) 
 
 
 def test_aligned_files_find_their_partners(tmp_path: Path) -> None:
-    make(tmp_path, "s/Books.en-fi.en", "s/Books.en-fi.fi", "s/Books.en-fi.ids", "s/Wiki.en.gz", "s/Wiki.fi", "s/LICENSE")
+    make(tmp_path / "s", "Books.en-fi.en", "Books.en-fi.fi", "Books.en-fi.ids", "Wiki.en.gz", "Wiki.fi", "LICENSE")
     found = find_inputs([tmp_path / "s"], fields=PAIR)
     assert names_of(found, tmp_path) == ["s/Books.en-fi.en", "s/Books.en-fi.fi", "s/Wiki.en.gz", "s/Wiki.fi"]
     assert {file.format for file in found} == {"moses"}
@@ -184,11 +185,14 @@ def test_fields_that_contradict_one_another_are_refused(options: dict[str, Any],
     [
         ("en", "eng_Latn"), ("EN", "eng_Latn"), ("en-US", "eng_Latn"), ("en_gb", "eng_Latn"), ("eng_Latn", "eng_Latn"),
         ("ENG-latn", "eng_Latn"), ("zh", "zho_Hans"), ("zh-CN", "zho_Hans"), ("zh-TW", "zho_Hant"), ("zh_HK", "zh_HK"),
-        ("sr-Latn", "sr-Latn"), ("es-419", "spa_Latn"), ("fi", "fin_Latn"), ("xx", "xx"), ("", ""), ("en-x-y", "en-x-y"),
+        ("sr-Latn", "sr-Latn"), ("es-419", "spa_Latn"), ("fi", "fin_Latn"), ("xx", "xx"), ("", ""),
+        ("en-x-y", "en-x-y"),
     ],
 )
 def test_codes_are_mapped_without_regard_to_case_and_region(code: str, found: str) -> None:
-    given = {"en": "eng_Latn", "zh": "zho_Hans", "zh-tw": "zho_Hant", "sr": "srp_Cyrl", "es": "spa_Latn", "fi": "fin_Latn"}
+    given = {
+        "en": "eng_Latn", "zh": "zho_Hans", "zh-tw": "zho_Hant", "sr": "srp_Cyrl", "es": "spa_Latn", "fi": "fin_Latn",
+    }
     fields = Fields(kind="pairs", languages=("eng_Latn", "fin_Latn"), language_map=tuple(given.items()))
     assert LanguageCodes(fields)(code) == found
 

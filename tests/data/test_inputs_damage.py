@@ -80,7 +80,8 @@ def texts_of(batches: list[TextBatch]) -> list[str]:
     ],
 )
 def test_a_malformed_line_is_fatal_or_counted(tmp_path: Path, fields: Fields, line: Any, reason: str) -> None:
-    good = {"text": "good", "texts": {"en": "good", "fi": "hyvä"}, "a": "good", "b": "hyvä", "la": "en", "lb": "fi", "l": "fi"}
+    texts = {"en": "good", "fi": "hyvä"}
+    good = {"text": "good", "texts": texts, "a": "good", "b": "hyvä", "la": "en", "lb": "fi", "l": "fi"}
     encoded = line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"\n".join([json.dumps(good).encode(), b"", encoded, json.dumps(good).encode()]))
@@ -135,9 +136,8 @@ def test_an_archive_with_a_flipped_bit_or_rubbish_at_its_end_is_an_error(tmp_pat
     whole = pack(b"".join(b'{"text": "%d"}\n' % (number * 7919) for number in range(2000)), suffix)
     path = tmp_path / f"x.jsonl{suffix}"
     middle = len(whole) // 2
-    for content in (
-        whole[:middle] + bytes([whole[middle] ^ 16]) + whole[middle + 1 :], whole + b"rubbish", b"plain text", whole[::-1]
-    ):
+    flipped = whole[:middle] + bytes([whole[middle] ^ 16]) + whole[middle + 1 :]
+    for content in (flipped, whole + b"rubbish", b"plain text", whole[::-1]):
         path.write_bytes(content)
         with pytest.raises(CorpusError, match="is not a whole"):
             read(path, FINNISH, "skip")
@@ -145,7 +145,8 @@ def test_an_archive_with_a_flipped_bit_or_rubbish_at_its_end_is_an_error(tmp_pat
 
 def test_zeros_after_a_gzip_file_are_padding(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"text": "a"}\n') + bytes(100) + gzip.compress(b'{"text": "b"}\n') + bytes(3_000_000))
+    first, second = gzip.compress(b'{"text": "a"}\n'), gzip.compress(b'{"text": "b"}\n')
+    path.write_bytes(first + bytes(100) + second + bytes(3_000_000))
     assert texts_of(read(path, FINNISH)[0]) == ["a", "b"]
 
 
@@ -159,14 +160,14 @@ def test_a_line_longer_than_the_limit_is_named_wherever_it_is(tmp_path: Path, su
     for lines in ([exact, long, exact], [long, exact], [exact, long], [long], [long, long, exact, long, "", exact]):
         for end in ("\n", ""):
             path.write_bytes(pack(("\n".join(lines) + end).encode(), suffix))
-            for sizes in ({"batch_bytes": 100}, {"batch_bytes": 1 << 20}, {"batch_bytes": 2000, "part_bytes": 700}):
-                batches, reading = read(path, fields, "skip", **sizes)
+            for part_bytes, batch_bytes in ((1 << 20, 100), (1 << 20, 1 << 20), (700, 2000)):
+                batches, reading = read(path, fields, "skip", part_bytes=part_bytes, batch_bytes=batch_bytes)
                 assert len(texts_of(batches)) == lines.count(exact)
                 assert reading.skipped["longer than max_line_bytes=1,000"] == reading.malformed == lines.count(long)
                 wheres = [batch.where(row) for batch in batches for row in range(len(batch.texts))]
                 assert wheres == [f"{path}:{number}" for number, line in enumerate(lines, 1) if line == exact]
                 with pytest.raises(CorpusError, match=rf":{lines.index(long) + 1}: longer than max_line_bytes=1,000"):
-                    read(path, fields, **sizes)
+                    read(path, fields, part_bytes=part_bytes, batch_bytes=batch_bytes)
 
 
 def test_a_long_line_of_an_aligned_file_drops_its_record_only(tmp_path: Path) -> None:
@@ -188,10 +189,11 @@ def test_a_long_line_of_an_aligned_file_drops_its_record_only(tmp_path: Path) ->
 def test_a_paragraph_longer_than_the_limit_is_left_out_whole(tmp_path: Path, part_bytes: int) -> None:
     path = tmp_path / "x.txt"
     fields = Fields(kind="monolingual", language="fin_Latn", text_unit="paragraph", max_line_bytes=20)
-    path.write_text(f"a\nb\n\nc\n{'y' * 50}\nd\n\n{'x' * 30}\n\n{'z' * 9}\n" + "z" * 10 + f"\n\ne\n\n{'w' * 21}", encoding="utf-8")
+    paragraphs = ["a\nb", f"c\n{'y' * 50}\nd", "x" * 30, f"{'z' * 9}\n{'z' * 10}", "e", "w" * 21]
+    path.write_text("\n\n".join(paragraphs), encoding="utf-8")
     for batch_bytes in (1, 30, 1000):
         batches, reading = read(path, fields, "skip", part_bytes=part_bytes, batch_bytes=batch_bytes)
-        assert texts_of(batches) == ["a\nb", "z" * 9 + "\n" + "z" * 10, "e"]
+        assert texts_of(batches) == [paragraphs[0], paragraphs[3], paragraphs[4]]
         assert [example.split(": ")[0].rsplit(":", 1)[1] for example in reading.examples] == ["4", "8", "15"]
 
 
@@ -322,9 +324,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 
 def measured(path: Path, max_line_bytes: int = 1 << 30) -> tuple[int, int]:
     """Characters read, and MiB of memory it took, in a process of its own."""
-    run = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(path), str(max_line_bytes)], capture_output=True, text=True, check=True, timeout=300
-    )
+    command = [sys.executable, "-c", MEMORY, str(path), str(max_line_bytes)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     characters, megabytes = run.stdout.split()
     return int(characters), int(megabytes)
 
@@ -355,7 +356,9 @@ def test_an_archive_of_a_gigabyte_of_nothing_does_not_fill_memory(tmp_path: Path
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_a_probe_may_be_compressed(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"probe.jsonl{suffix}"
-    lines = [{"id": 1, "texts": {"en": "a", "fi": "b"}}, {"texts": {"en": "c", "fi": "d", "de": "e"}}]
+    lines: list[dict[str, Any]] = [
+        {"id": 1, "texts": {"en": "a", "fi": "b"}}, {"texts": {"en": "c", "fi": "d", "de": "e"}}
+    ]
     path.write_bytes(pack("".join(json.dumps(line) + "\n" for line in lines).encode(), suffix))
     assert [(pair.id, dict(pair.texts)) for pair in read_probe(path)] == [
         ("1", lines[0]["texts"]), (f"{path.name}:2", lines[1]["texts"])

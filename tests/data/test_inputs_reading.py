@@ -20,11 +20,16 @@ from hypothesis import strategies as st
 from megatron_xalign.data.inputs import Fields, Part, Reading, TextBatch, find_inputs, plan_parts, read_part
 
 FINNISH = Fields(kind="monolingual", language="fin_Latn")
+SHORT = (("en", "eng_Latn"), ("fi", "fin_Latn"))
 PAIR = Fields(kind="pairs", languages=("eng_Latn", "fin_Latn"))
 # Line separators of Unicode, a form feed, NUL, right-to-left, no spaces, beyond the 16-bit plane.
-AWKWARD = ["yksi kaksi", "", " ", "\u2028\x0c\x85", "a\0b", "مرحبا", "漢字かな", "😀\U0010ffff", '{"text": 1}', "tab\tline\nbreak\r"]
+AWKWARD = [
+    "yksi kaksi", "", " ", "\u2028\x0c\x85", "a\0b", "\u0645\u0631\u062d\u0628\u0627", "漢字かな", "😀\U0010ffff",
+    '{"text": 1}', "tab\tline\nbreak\r",
+]
 TEXT = st.one_of(st.sampled_from(AWKWARD), st.text(max_size=30))
-FOLDER_PER_EXAMPLE = settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+FOLDER_KEPT = [HealthCheck.function_scoped_fixture]
+FOLDER_PER_EXAMPLE = settings(max_examples=120, suppress_health_check=FOLDER_KEPT, deadline=None)
 
 
 def compressed(content: bytes, suffix: str) -> bytes:
@@ -73,7 +78,9 @@ def wheres_of(batches: Sequence[TextBatch]) -> list[str]:
 
 RECORD = st.fixed_dictionaries(
     {"text": TEXT},
-    optional={"id": st.integers() | TEXT, "score": st.floats(), "nested": st.lists(st.dictionaries(TEXT, TEXT, max_size=2))},
+    optional={
+        "id": st.integers() | TEXT, "score": st.floats(), "nested": st.lists(st.dictionaries(TEXT, TEXT, max_size=2)),
+    },
 )
 
 
@@ -133,8 +140,8 @@ def test_lines_of_plain_text_are_documents_and_blank_ones_are_counted(
     content = b"\n".join(lines) + (b"\n" if ends_in_line_break else b"")
     path = tmp_path / f"x.txt{suffix}"
     path.write_bytes(compressed((b"\xef\xbb\xbf" if mark else b"") + content, suffix))
-    plain = [(number, line.decode().removesuffix("\n").removesuffix("\r")) for number, line in enumerate(io.BytesIO(content), 1)]
-    expected = [(number, line) for number, line in plain if line.strip()]
+    plain = [line.decode().removesuffix("\n").removesuffix("\r") for line in io.BytesIO(content)]
+    expected = [(number, line) for number, line in enumerate(plain, 1) if line.strip()]
     batches, reading = read_all([path], FINNISH, part_bytes=part_bytes, batch_bytes=batch_bytes)
     assert texts_of(batches) == [line for _, line in expected]
     assert wheres_of(batches) == [f"{path}:{number}" for number, _ in expected]
@@ -225,18 +232,19 @@ def test_aligned_files_are_read_line_by_line_together(
     batch_bytes: int,
 ) -> None:
     paths = []
-    for language, side, suffix in zip(("en", "fi"), zip(*rows, strict=True) if rows else ((), ()), suffixes, strict=True):
+    sides = list(zip(*rows, strict=True)) if rows else [(), ()]
+    for language, side, suffix in zip(("en", "fi"), sides, suffixes, strict=True):
         content = "\n".join(side) + ("\n" if rows and ends_in_line_break else "")
         path = tmp_path / f"c.{language}{suffix}"
         path.write_bytes(compressed(content.encode(), suffix))
         paths.append(path)
     if rows and not ends_in_line_break:
         # Without a line break at the end an empty last line is no line.
-        count = {side[-1] == "" for side in zip(*rows, strict=True)}
+        count = {side[-1] == "" for side in sides}
         if count == {True, False}:
             return
         rows = rows[:-1] if count == {True} else rows
-    fields = Fields(kind="pairs", languages=("fin_Latn", "eng_Latn"), language_map=(("en", "eng_Latn"), ("fi", "fin_Latn")))
+    fields = Fields(kind="pairs", languages=("fin_Latn", "eng_Latn"), language_map=SHORT)
     batches, reading = read_all(paths, fields, part_bytes=part_bytes, batch_bytes=batch_bytes)
     assert pairs_of(batches) == [("fin_Latn", "eng_Latn", finnish, english) for english, finnish in rows]
     assert wheres_of(batches) == [f"{paths[0]}:{number}" for number in range(1, len(rows) + 1)]
@@ -251,11 +259,10 @@ def test_parquet_columns_are_read_by_row_groups(tmp_path: Path, row_group_size: 
     import pyarrow.parquet as pq
 
     texts = [text or "x" for text in AWKWARD] * 3
-    table = pa.table({"content": texts, "lang": [["fi", "en"][row % 2] for row in range(len(texts))], "n": range(len(texts))})
+    codes = [["fi", "en"][row % 2] for row in range(len(texts))]
+    table = pa.table({"content": texts, "lang": codes, "n": range(len(texts))})
     pq.write_table(table, tmp_path / "x.parquet", row_group_size=row_group_size)
-    fields = Fields(
-        kind="monolingual", text_key="content", language_key="lang", language_map=(("fi", "fin_Latn"), ("en", "eng_Latn"))
-    )
+    fields = Fields(kind="monolingual", text_key="content", language_key="lang", language_map=SHORT)
     batches, reading = read_all([tmp_path / "x.parquet"], fields, part_bytes=50, batch_bytes=40)
     assert texts_of(batches) == texts
     assert [code for batch in batches for code in batch.languages or []] == ["fin_Latn", "eng_Latn"] * 15
@@ -289,9 +296,7 @@ def test_every_layout_of_pairs_gives_the_first_language_first(tmp_path: Path, la
         import pyarrow.parquet as pq
 
         pq.write_table(pa.Table.from_pylist([record]), path)
-    fields = Fields(
-        kind="pairs", languages=("eng_Latn", "fin_Latn"), language_map=(("en", "eng_Latn"), ("fi", "fin_Latn")), **options
-    )
+    fields = Fields(kind="pairs", languages=("eng_Latn", "fin_Latn"), language_map=SHORT, **options)
     batches, _ = read_all([path], fields)
     assert pairs_of(batches) == [("eng_Latn", "fin_Latn", "cat", "kissa")]
     assert batches[0].ids == ["p"]
@@ -301,13 +306,14 @@ def test_a_parquet_map_of_texts_is_read_like_a_struct(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    column = pa.array([[("en", "cat"), ("fi", "kissa")], [("fi", "koira"), ("en", "dog")]], pa.map_(pa.string(), pa.string()))
+    texts = [[("en", "cat"), ("fi", "kissa")], [("fi", "koira"), ("en", "dog")]]
+    column = pa.array(texts, pa.map_(pa.string(), pa.string()))
     pq.write_table(pa.table({"texts": column}), tmp_path / "x.parquet")
     batches, _ = read_all([tmp_path / "x.parquet"], Fields(kind="pairs", languages=("fi", "en")))
     assert pairs_of(batches) == [("fi", "en", "kissa", "cat"), ("fi", "en", "koira", "dog")]
 
 
-MANY = [
+MANY: list[dict[str, Any]] = [
     {"id": 1, "texts": {"en": "one", "fi": "yksi", "de": "eins"}}, {"id": 2, "texts": {"fi": "kaksi", "de": "zwei"}},
     {"id": 3, "texts": {"en": "three"}},
 ]
@@ -338,7 +344,8 @@ def test_a_rule_says_which_pairs_of_a_record_in_many_languages_are_taken(
 
 def test_three_aligned_files_give_the_pairs_of_the_rule(tmp_path: Path) -> None:
     for language in ("en", "fi", "de"):
-        (tmp_path / f"c.{language}").write_text("".join(f"{language} {number}\n" for number in range(20)), encoding="utf-8")
+        lines = [f"{language} {number}\n" for number in range(20)]
+        (tmp_path / f"c.{language}").write_text("".join(lines), encoding="utf-8")
     fields = Fields(kind="pairs", languages=("en", "de", "fi"))
     batches, _ = read_all([tmp_path / "c.*"], fields, part_bytes=60, batch_bytes=20)
     expected = [("en", other, f"en {number}", f"{other} {number}") for number in range(20) for other in ("de", "fi")]
@@ -358,11 +365,13 @@ def test_the_id_of_a_pair_without_one_does_not_depend_on_where_it_lies(tmp_path:
 
 def test_records_in_other_languages_are_left_out_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    records = [{"lang": ["fin_Latn", "eng_Latn"][row % 2], "text": str(row)} for row in range(6)] + [{"lang": ["de"], "text": "9"}]
+    records: list[Any] = [{"lang": ["fin_Latn", "eng_Latn"][row % 2], "text": str(row)} for row in range(6)]
+    records.append({"lang": ["de"], "text": "9"})
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    batches, reading = read_all(
-        [path], Fields(kind="monolingual", language_key="lang", languages=("fin_Latn", "deu_Latn"), language_map=(("de", "deu_Latn"),))
+    fields = Fields(
+        kind="monolingual", language_key="lang", languages=("fin_Latn", "deu_Latn"), language_map=(("de", "deu_Latn"),)
     )
+    batches, reading = read_all([path], fields)
     assert texts_of(batches) == ["0", "2", "4", "9"]
     assert batches[0].languages == ["fin_Latn", "fin_Latn", "fin_Latn", "deu_Latn"]
     assert wheres_of(batches) == [f"{path}:{number}" for number in (1, 3, 5, 7)]
@@ -372,15 +381,17 @@ def test_records_in_other_languages_are_left_out_and_counted(tmp_path: Path) -> 
 @given(
     lines=st.lists(
         st.sampled_from(
-            [b'{"text":"a"}', b'{"text":"b"}{"text":"c"}', b'{"text":', b'"d"}', b'{"x":', b'{"y":1},"text":"e"}', b"", b"[",
-             b' {"text":"f"}', b'{"text":"g"} ', b'{"text":"h"}\r', b'{"text":"\xff"}', b'{"x":"\xff","text":"i"}',
-             b'{"text":"j","x":NaN}', b'{"text":"\\ud800"}', b'{"text":"k","x":"\\ud800"}', b'{"text":"l","x":[{}]}', b"}", b"{"]
+            [b'{"text":"a"}', b'{"text":"b"}{"text":"c"}', b'{"text":', b'"d"}', b'{"x":', b'{"y":1},"text":"e"}', b"",
+             b"[", b' {"text":"f"}', b'{"text":"g"} ', b'{"text":"h"}\r', b'{"text":"\xff"}',
+             b'{"x":"\xff","text":"i"}',
+             b'{"text":"j","x":NaN}', b'{"text":"\\ud800"}', b'{"text":"k","x":"\\ud800"}', b'{"text":"l","x":[{}]}',
+             b"}", b"{"]
         ),
         max_size=12,
     ),
     part_bytes=st.integers(1, 80), batch_bytes=st.integers(1, 80),
 )
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=400, suppress_health_check=FOLDER_KEPT, deadline=None)
 def test_what_is_malformed_does_not_depend_on_how_a_file_is_cut(
     tmp_path: Path, lines: list[bytes], part_bytes: int, batch_bytes: int
 ) -> None:
