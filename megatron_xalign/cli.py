@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_analyze(verbs)
     _add_convert(verbs)
     _add_report(verbs)
+    _add_doctor(verbs)
     return parser
 
 
@@ -492,3 +493,19 @@ def _report(options: argparse.Namespace) -> int:
 
     print(workflows.report(options.run, options.out, title=options.title, corpus=options.corpus))
     return 0
+
+
+def _add_doctor(verbs: Any) -> None:
+    parser = _verb(verbs, "doctor", "what this machine has and can do, what is missing and how to get it", _doctor)
+    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from megatron_xalign import doctor
+
+    found = doctor.examine()
+    if options.json:
+        _print_json(found)
+    else:
+        print(doctor.describe(found))
+    return 1 if found["problems"] else 0

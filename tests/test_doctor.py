@@ -1,0 +1,90 @@
+"""What the doctor says of this machine agrees with what this process sees; broken packages do not break it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_xalign import doctor
+from megatron_xalign.cli import main
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return doctor.examine()
+
+
+def test_versions_are_those_of_the_installed_packages(found: dict[str, Any]) -> None:
+    for name in ("torch", "megatron-core", "numpy"):
+        assert found["versions"][name] == importlib.metadata.version(name)
+    assert found["versions"]["apex"] is None or "apex" in {d.name for d in importlib.metadata.distributions()}
+
+
+def test_devices_are_those_torch_sees(found: dict[str, Any]) -> None:
+    assert len(found["devices"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    assert found["torch"]["gloo"] is True
+    assert found["machine"]["cpus"] == len(os.sched_getaffinity(0))
+
+
+def test_it_is_json_and_says_where_nothing_is_in_the_way(
+    found: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    monkeypatch.setattr(doctor, "examine", lambda: found | {"problems": []})
+    assert main(argv=["doctor"]) == 0
+    assert "nothing is in the way of training here." in capsys.readouterr().out
+    monkeypatch.setattr(doctor, "examine", lambda: found | {"problems": ["the well is dry; dig."]})
+    assert main(argv=["doctor"]) == 1
+    assert "problem: the well is dry; dig." in capsys.readouterr().out
+
+
+def test_what_is_missing_comes_with_a_way_to_get_it(found: dict[str, Any]) -> None:
+    for item in found["optional"]:
+        assert item["works"] or (item["how"] and item["error"])
+    said = doctor.describe(found)
+    assert all(item["name"] in said for item in found["optional"])
+
+
+def test_a_package_that_kills_its_process_is_named_and_nothing_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flash_attn.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    (tmp_path / "amp_C.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    by_name = {item["name"]: item for item in doctor.examine()["optional"]}
+    assert by_name["flash-attn"]["works"] is False and "exit code -11" in by_name["flash-attn"]["error"]
+    assert "undefined symbol" in by_name["apex"]["error"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_rocm", "recipes"),
+    [
+        ((10, 0), False, ("delayed", "tensorwise", "blockwise", "mxfp8")),
+        ((9, 0), False, ("delayed", "tensorwise", "blockwise")), ((8, 9), False, ("delayed", "tensorwise")),
+        ((8, 0), False, ()), ((9, 0), True, ()), (None, False, ()),
+    ],
+)
+def test_recipes_by_device(capability: tuple[int, int] | None, is_rocm: bool, recipes: tuple[str, ...]) -> None:
+    assert doctor.recipes_for(capability, is_rocm) == recipes
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"torch": {"error": "x\nImportError: libtorch"}}, "torch cannot be imported: ImportError: libtorch"),
+        ({"versions": {"megatron-core": None, "torch": "2"}}, "megatron-core is not installed"),
+        ({"versions": {"megatron-core": "0.12.1", "torch": "2"}}, "megatron-core 0.12.1 is not one of the supported"),
+        ({"compilers": {"g++": None, "clang++": None}}, "no C++ compiler"),
+        ({"limits": {"open_files": 256, "shared_memory_gib": 2.0, "utc": ""}}, "only 256 files"),
+        ({"limits": {"open_files": None, "shared_memory_gib": 0.06, "utc": ""}}, "/dev/shm has 0.06 GiB"),
+    ],
+)
+def test_problems_are_said_with_a_way_out(found: dict[str, Any], change: dict[str, Any], said: str) -> None:
+    assert any(said in problem for problem in doctor._problems(found | change))
