@@ -101,7 +101,7 @@ def _tables() -> _Tables:
     code_points = [code_point for code_point in _LOOKED_AT if unicodedata.category(chr(code_point)) != "Cn"]
 
     column_of = {"Cc": SPACE, "Zs": SPACE, "Zl": SPACE, "Zp": SPACE, "Cf": INVISIBLE, "Mn": MARK, "Me": MARK}
-    kind_of = {"Z": _SPACE, "P": _SIGN, "S": _SIGN, "M": _MARK}
+    kind_of = {"Cc": _SPACE, "Cf": _IGNORED, "Z": _SPACE, "P": _SIGN, "S": _SIGN, "M": _MARK}
     column_of_script = {script: FIRST_SCRIPT + index for index, script in enumerate(SCRIPTS)}
     unknown = column_of_script["Zzzz"]
     # What has no entry below (unassigned, private) may be a letter of a newer Unicode.
@@ -110,18 +110,15 @@ def _tables() -> _Tables:
     columns, kinds = [], []
     for code_point in code_points:
         category = unicodedata.category(chr(code_point))
-        if category[0] == "L":
-            script = _script(code_point)
-            columns.append(column_of_script[script])
-            kinds.append(
-                _IDEOGRAPH if script in _IDEOGRAPHIC_SCRIPTS else _UNSPACED if script in _UNSPACED_SCRIPTS else _LETTER
-            )
+        # Most spacing marks are vowels of Indic scripts, no less visible than letters.
+        script = _script(code_point) if category[0] == "L" or category == "Mc" else ""
+        columns.append(column_of_script[script] if script else column_of.get(category, OTHER))
+        if category[0] == "L" and script in _IDEOGRAPHIC_SCRIPTS:
+            kinds.append(_IDEOGRAPH)
+        elif category[0] == "L" and script in _UNSPACED_SCRIPTS:
+            kinds.append(_UNSPACED)
         else:
-            # A spacing mark is a vowel of an Indic script as often as not.
-            columns.append(column_of.get(category, unknown if category == "Mc" else OTHER))
-            kinds.append(
-                _IGNORED if category == "Cf" else _SPACE if category == "Cc" else kind_of.get(category[0], _LETTER)
-            )
+            kinds.append(kind_of.get(category, kind_of.get(category[0], _LETTER)))
     columns_C[code_points], kinds_C[code_points] = columns, kinds
     columns_C[0], kinds_C[0] = SPACE, _SPACE
     for first, last in _IDEOGRAPHS:
