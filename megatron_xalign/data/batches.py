@@ -4,10 +4,10 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,6 @@ from megatron_xalign.data.fields import Fields, pairs_among
 from megatron_xalign.data.reading import OnError, Place, Reading
 
 _OTHER_LANGUAGE = "a language not asked for"
-_NO_PAIR = "no pair in the languages asked for"
 
 
 @dataclass
@@ -35,7 +34,8 @@ class TextBatch:
     other_languages: list[str] | None = None
     """Language of each of ``others``. [N]"""
     ids: list[str] | None = None
-    """Pairs: the id of each, which does not depend on how files are cut into parts. [N]"""
+    """Pairs: the id of each: that of its record or, where that has none, its two texts; so it does not depend on how
+    files are named, compressed or cut into parts. [N]"""
     place: Place = field(default_factory=lambda: Place(Path("?")), repr=False)
     """The stretch of a file that the documents come from."""
     numbers: Sequence[int] = field(default=(), repr=False)
@@ -170,10 +170,70 @@ def pairs_of_records(
         found = rule or (pairs_among(texts, task.fields.pair_rule) if len(texts) > 1 else ())
         taken = [(a, b, texts[a], texts[b]) for a, b in found if a in texts and b in texts]
         if not taken:
-            task.reading.leave_out(f"{_NO_PAIR} ({', '.join(list(texts)[:4])})")
+            task.reading.leave_out(_no_pair(texts))
         return taken
 
     return _flat(task, place, map(pairs_of, records), ids, numbers, counted=True)
+
+
+def pairs_of_two_named_sides(
+    task: Task,
+    place: Place,
+    codes: tuple[Sequence[str], Sequence[str]],
+    sides: tuple[list[str], list[str]],
+    ids: Sequence[Any] | None,
+    numbers: Sequence[int],
+) -> TextBatch:
+    """What ``pairs_of_records`` gives for records of just two sides, deciding once for all with the same two languages.
+
+    Args:
+        task: of the piece.
+        place: of the piece.
+        codes: of the first and of the second sides, as the data has them. [R] each
+        sides: texts. [R] each
+        ids: of the records, if they have any. [R]
+        numbers: of the records. [R]
+    """
+    kinds = list(zip(*codes, strict=True))
+    decided = {kind: _pair_of_two(task, *kind) for kind in set(kinds)}
+    taken = {pair for pair in decided.values() if pair is not None}
+    if None in decided.values():
+        for kind, count in Counter(kinds).items():
+            if decided[kind] is None:
+                task.reading.leave_out(_no_pair(map(task.codes, kind)), count)
+        keep = [decided[kind] is not None for kind in kinds]
+        kinds, numbers = list(compress(kinds, keep)), list(compress(numbers, keep))
+        sides = list(compress(sides[0], keep)), list(compress(sides[1], keep))
+        ids = list(compress(ids, keep)) if ids is not None else None
+    texts, others = sides
+    swapped = {kind: pair is not None and pair[0] != task.codes(kind[0]) for kind, pair in decided.items()}
+    if any(swapped.values()):
+        swaps = [swapped[kind] for kind in kinds]
+        texts = [other if swap else text for text, other, swap in zip(*sides, swaps, strict=True)]
+        others = [text if swap else other for text, other, swap in zip(*sides, swaps, strict=True)]
+    batch = TextBatch(texts, others, ids=_ids(texts, others, ids), place=place, numbers=numbers)
+    if len(taken) == 1:
+        ((batch.language, batch.other_language),) = taken
+    else:
+        languages = {kind: pair for kind, pair in decided.items() if pair is not None}
+        batch.languages = [languages[kind][0] for kind in kinds]
+        batch.other_languages = [languages[kind][1] for kind in kinds]
+    return batch
+
+
+def _pair_of_two(task: Task, code: str, other_code: str) -> tuple[str, str] | None:
+    """The pair that is taken of two sides in these languages, in its order."""
+    first, second = task.codes(code), task.codes(other_code)
+    if first == second:
+        return None
+    fields = task.fields
+    if fields.languages or not isinstance(fields.pair_rule, str):
+        return next((pair for pair in fields.pairs() if set(pair) == {first, second}), None)
+    return first, second
+
+
+def _no_pair(languages: Iterable[str]) -> str:
+    return f"no pair in the languages asked for ({', '.join(islice(dict.fromkeys(languages), 4))})"
 
 
 def _flat(
@@ -192,7 +252,7 @@ def _flat(
     for row, taken in enumerate(rows):
         if not taken:
             if not counted:
-                task.reading.leave_out(_NO_PAIR)
+                task.reading.leave_out("no pair in the languages asked for")
             continue
         pairs += taken
         places += [numbers[row]] * len(taken)
@@ -219,11 +279,5 @@ def _ids(texts: Sequence[Any], others: Sequence[Any], ids: Sequence[Any] | None)
     if None not in names:
         return names  # type: ignore[return-value]
     return [
-        content_id(text, other) if name is None else name
-        for name, text, other in zip(names, texts, others, strict=True)
+        f"{text}\0{other}" if name is None else name for name, text, other in zip(names, texts, others, strict=True)
     ]
-
-
-def content_id(text: str, other: str) -> str:
-    """The id of a pair that has none: the same wherever the pair lies, and however its file is compressed or cut."""
-    return hashlib.blake2b(f"{text}\0{other}".encode(), digest_size=16).hexdigest()

@@ -25,7 +25,7 @@ class Fields:
     text_key: str = "text"
     """Monolingual: key, parquet column, or TSV column (a name of the first line, or a number from 1)."""
     id_key: str = "id"
-    """Pairs: key of the id (text or integer), which decides the direction; a pair without one is known by a hash of its
+    """Pairs: key of the id (text or integer), which decides the direction; a pair without one is known by its
     texts."""
     language: str | None = None
     """Monolingual: language of files that have none of their own (``LANGUAGE=PATH``)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from megatron_xalign.data.batches import Task, TextBatch, content_id
+from megatron_xalign.data.batches import Task, TextBatch
 from megatron_xalign.data.fields import Fields, LanguageCodes, PairRule
 from megatron_xalign.data.input_files import Compression, InputFile, InputFormat, find_inputs
 from megatron_xalign.data.input_parts import (
@@ -41,7 +41,7 @@ from megatron_xalign.errors import CorpusError
 
 __all__ = [
     "PART_BYTES", "Compression", "Fields", "InputFile", "InputFormat", "LanguageCodes", "OnError", "PairRule", "Part",
-    "Piece", "Place", "Reading", "TextBatch", "content_id", "find_inputs", "languages_of", "plan_parts", "read_part",
+    "Piece", "Place", "Reading", "TextBatch", "find_inputs", "languages_of", "plan_parts", "read_part",
 ]
 
 

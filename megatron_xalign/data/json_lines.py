@@ -15,7 +15,14 @@ from typing import Annotated, Any, Protocol
 import msgspec
 import numpy as np
 
-from megatron_xalign.data.batches import Task, TextBatch, monolingual_batch, pairs_of_columns, pairs_of_records
+from megatron_xalign.data.batches import (
+    Task,
+    TextBatch,
+    monolingual_batch,
+    pairs_of_columns,
+    pairs_of_records,
+    pairs_of_two_named_sides,
+)
 from megatron_xalign.data.fields import Fields
 from megatron_xalign.data.line_blocks import Block
 from megatron_xalign.data.reading import Place
@@ -218,6 +225,10 @@ class _Sides:
         if not self._codes:
             return pairs_of_columns(self._task, place, fields.pairs(), fields.languages, columns, ids, numbers)
         codes = [[getattr(record, f"language{number}") for record in records] for number in range(len(self._sides))]
+        if not self._may_miss:
+            return pairs_of_two_named_sides(
+                self._task, place, (codes[0], codes[1]), (columns[0], columns[1]), ids, numbers
+            )
         return pairs_of_records(self._task, place, sides_of(codes, columns), ids, numbers)
 
 

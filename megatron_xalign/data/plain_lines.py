@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import cast
 
 from megatron_xalign.data.batches import Task, TextBatch, monolingual_batch, pairs_of_columns, pairs_of_records
@@ -24,11 +25,10 @@ def read_text_lines(blocks: Iterable[Block], place: Place, language: str | None,
     """Every line a document; blank ones are left out."""
     for block in blocks:
         texts, numbers = _lines(block, place, task)
-        filled = [bool(text.strip()) for text in texts]
+        filled = list(map(str.strip, texts))
         if not all(filled):
-            task.reading.leave_out("blank line", filled.count(False))
-            numbers = [number for number, kept in zip(numbers, filled, strict=True) if kept]
-            texts = [text for text, kept in zip(texts, filled, strict=True) if kept]
+            task.reading.leave_out("blank line", filled.count(""))
+            numbers, texts = list(compress(numbers, filled)), list(compress(texts, filled))
         if texts:
             yield monolingual_batch(task, place, texts, numbers, language)
 

@@ -342,6 +342,41 @@ def test_a_rule_says_which_pairs_of_a_record_in_many_languages_are_taken(
     assert reading.skipped.total() == len(MANY) - len(used) and reading.malformed == 0
 
 
+CODE = st.sampled_from(["en", "EN-us", "fi", "de", "sv"])
+
+
+@pytest.mark.parametrize("languages", [(), ("eng_Latn", "fin_Latn"), ("fin_Latn", "eng_Latn", "de")])
+@given(records=st.lists(st.tuples(CODE, CODE, st.integers(0, 99)), max_size=30))
+@FOLDER_PER_EXAMPLE
+def test_records_that_name_the_languages_of_their_sides_are_put_in_order(
+    tmp_path: Path, languages: tuple[str, ...], records: list[tuple[str, str, int]]
+) -> None:
+    path = tmp_path / "x.jsonl"
+    lines = [
+        json.dumps({"src_lang": code, "tgt_lang": other, "src": f"{number}-{code}", "tgt": f"{number}-{other}"}) + "\n"
+        for code, other, number in records
+    ]
+    path.write_text("".join(lines), encoding="utf-8")
+    mapping = {"en": "eng_Latn", "EN-us": "eng_Latn", "fi": "fin_Latn"}
+    wanted = [(languages[0], other) for other in languages[1:]]
+    expected, numbers = [], []
+    for row, (code, other, number) in enumerate(records, 1):
+        sides = [(mapping.get(side, side), f"{number}-{side}") for side in (code, other)]
+        if (sides[1][0], sides[0][0]) in wanted:
+            sides.reverse()
+        if sides[0][0] != sides[1][0] and (not languages or (sides[0][0], sides[1][0]) in wanted):
+            expected.append((sides[0][0], sides[1][0], sides[0][1], sides[1][1]))
+            numbers.append(row)
+    fields = Fields(
+        kind="pairs", languages=languages, language_map=SHORT, side_keys=("src", "tgt"),
+        side_language_keys=("src_lang", "tgt_lang"),
+    )
+    batches, reading = read_all([path], fields, batch_bytes=200)
+    assert pairs_of(batches) == expected
+    assert wheres_of(batches) == [f"{path}:{number}" for number in numbers]
+    assert reading.skipped.total() == len(records) - len(expected) and reading.malformed == 0
+
+
 def test_three_aligned_files_give_the_pairs_of_the_rule(tmp_path: Path) -> None:
     for language in ("en", "fi", "de"):
         lines = [f"{language} {number}\n" for number in range(20)]
