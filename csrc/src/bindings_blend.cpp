@@ -128,9 +128,12 @@ void feed(Blender& blender, std::int32_t source, const py::array& content, const
   blender.feed(source, of_language, all, bearing, length_of(content));
 }
 
-void add_content(Blender& blender, const py::array_t<CutPiece>& pieces, const py::array& content) {
+void add_content(Blender& blender, const py::array_t<CutPiece>& pieces, const py::array& content,
+                 const py::array& masked) {
   const auto* of_language = data_of<std::int32_t>(content, 2, "content");
+  const auto* without_loss = data_of<std::int32_t>(masked, 1, "masked");
   require_rows(content, pieces.shape(0), "content");
+  require_rows(masked, pieces.shape(0), "masked");
   const CutPiece* piece = pieces.data();
   const auto& sources = blender.tally().sources();
   for (py::ssize_t i = 0; i < pieces.shape(0); ++i) {
@@ -142,8 +145,35 @@ void add_content(Blender& blender, const py::array_t<CutPiece>& pieces, const py
   }
   py::gil_scoped_release free;
   for (std::size_t i = 0; i < length_of(pieces); ++i) {
-    blender.tally().add_content(piece[i], of_language + i * static_cast<std::size_t>(content.shape(1)));
+    blender.tally().add_content(piece[i], of_language + i * static_cast<std::size_t>(content.shape(1)),
+                                without_loss[i]);
   }
+}
+
+// What pieces of one source hold: content of each language of its file [pieces, languages], end-of-document tokens.
+std::pair<py::array_t<std::int32_t>, py::array_t<std::int32_t>> count_pieces(const xalign::SourceStream& stream,
+                                                                             const py::array_t<CutPiece>& pieces) {
+  const auto size = static_cast<py::ssize_t>(pieces.shape(0));
+  const auto languages = static_cast<py::ssize_t>(stream.file().num_languages());
+  py::array_t<std::int32_t> content({size, languages}), eod(size);
+  const CutPiece* piece = pieces.data();
+  std::int32_t* of_language = content.mutable_data();
+  std::int32_t* ends = eod.mutable_data();
+  py::gil_scoped_release free;
+  std::vector<std::int64_t> counts(static_cast<std::size_t>(languages));
+  for (py::ssize_t i = 0; i < size; ++i) {
+    const xalign::DocumentPlace place = stream.document(piece[i].draw);
+    if (piece[i].begin < 0 || piece[i].end < piece[i].begin || piece[i].end > place.length) {
+      throw std::invalid_argument("tokens " + std::to_string(piece[i].begin) + ".." + std::to_string(piece[i].end) +
+                                  " are not in a document of " + std::to_string(place.length) + ".");
+    }
+    std::fill(counts.begin(), counts.end(), 0);
+    std::int64_t found = 0;
+    stream.file().count(place.document, place.length, piece[i].begin, piece[i].end, counts.data(), &found);
+    for (const std::int64_t count : counts) *of_language++ = static_cast<std::int32_t>(count);
+    ends[i] = static_cast<std::int32_t>(found);
+  }
+  return {std::move(content), std::move(eod)};
 }
 
 // Sums of phases or of slots as arrays: content [items, 2, languages], tokens, loss and rows [items, 2].
@@ -203,6 +233,7 @@ py::array_t<T> records(std::vector<T>&& items) {
 void bind_blender(py::module_& module) {
   PYBIND11_NUMPY_DTYPE(SampleBorder, row, token, padding);
   PYBIND11_NUMPY_DTYPE(CutPiece, source, draw, begin, end, sample, begun_in);
+  module.def("count_pieces", &count_pieces, py::arg("stream"), py::arg("pieces"));
   py::class_<Blender>(module, "Blender")
       .def(py::init(&make_blender), py::kw_only(), py::arg("seq_length"), py::arg("num_samples"), py::arg("denominator"),
            py::arg("phases"), py::arg("count_all_tokens"), py::arg("parallel_fills_languages"),
@@ -226,7 +257,8 @@ void bind_blender(py::module_& module) {
       .def("take_rows", [](Blender& blender) { return to_array(blender.take_rows()); })
       .def("take_borders", [](Blender& blender) { return records(blender.take_borders()); })
       .def("take_cut_pieces", [](Blender& blender) { return records(blender.take_cut_pieces()); })
-      .def("add_content", &add_content, py::arg("pieces"), py::arg("content"))
+      .def("add_content", &add_content, py::arg("pieces"), py::arg("content"),
+           py::arg("masked"))
       .def("tally", &tally_of)
       .def_property_readonly("num_samples", &Blender::num_samples);
 }
@@ -314,11 +346,12 @@ void bind_orders(py::module_& module) {
           },
           py::arg("ids"))
       .def("__len__", &xalign::RowCounter::num_rows)
-      .def("counts", [](const xalign::RowCounter& counter, std::int32_t num_sources) {
+      .def("counts", [](const xalign::RowCounter& counter) {
         auto table = counter.counts();
-        const auto lines = static_cast<py::ssize_t>(table.size()) / num_sources;
-        return to_array<std::int64_t, std::int64_t>(std::move(table), {lines, num_sources});
-      }, py::arg("num_sources"));
+        const py::ssize_t columns = counter.num_sources();
+        const auto lines = static_cast<py::ssize_t>(table.size()) / columns;
+        return to_array<std::int64_t, std::int64_t>(std::move(table), {lines, columns});
+      });
   using xalign::DocumentOrder;
   using xalign::SampleOrder;
   py::class_<SampleOrder, xalign::SampleIndex, std::shared_ptr<SampleOrder>>(module, "SampleOrder")

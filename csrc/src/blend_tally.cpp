@@ -94,7 +94,7 @@ void BlendTally::add(std::int32_t source, std::int64_t sample, std::int64_t begu
   if (content != nullptr) add_content(source, sample, begun_in, content);
 }
 
-void BlendTally::add_content(const CutPiece& piece, const std::int32_t* content) {
+void BlendTally::add_content(const CutPiece& piece, const std::int32_t* content, std::int32_t masked) {
   require(piece.source >= 0 && static_cast<std::size_t>(piece.source) < sources_.size(),
           "a piece names source " + std::to_string(piece.source) + " of " + std::to_string(sources_.size()) + ".");
   std::int64_t sum = 0;
@@ -104,15 +104,18 @@ void BlendTally::add_content(const CutPiece& piece, const std::int32_t* content)
   }
   require(sum <= piece.end - piece.begin,
           "a piece of source " + std::to_string(piece.source) + " has more content than tokens.");
+  require(masked >= 0 && masked <= piece.end - piece.begin,
+          "a piece of source " + std::to_string(piece.source) + " has more tokens without loss than tokens.");
   add_content(piece.source, piece.sample, piece.begun_in, content);
+  take_back_loss(piece.source, piece.sample, masked);
 }
 
-void BlendTally::take_back_loss(std::int32_t source, std::int64_t sample) {
+void BlendTally::take_back_loss(std::int32_t source, std::int64_t sample, std::int64_t tokens) {
   const auto j = static_cast<std::size_t>(source);
   const std::size_t origin = is_parallel_[j];
-  --sources_[j].loss;
-  --phases_[schedule_.phase_of(sample)].loss[origin];
-  --slots_[slot_of(sample)].loss[origin];
+  sources_[j].loss -= tokens;
+  phases_[schedule_.phase_of(sample)].loss[origin] -= tokens;
+  slots_[slot_of(sample)].loss[origin] -= tokens;
 }
 
 void BlendTally::add_padding(std::int64_t sample, std::int64_t tokens) { padding_of_slots_[slot_of(sample)] += tokens; }

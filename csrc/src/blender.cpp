@@ -116,8 +116,7 @@ void Blender::feed(std::int32_t source, const std::int32_t* content, const std::
     }
     require(sum <= tokens[draw], name + " has more content than tokens.");
     require(target_.documents || tokens[draw] <= target_.seq_length, name + " has a window of too many tokens.");
-    require(loss[draw] >= 0 && loss[draw] <= tokens[draw] && (!target_.documents || tokens[draw] - loss[draw] <= 1),
-            name + " has a count of loss that does not fit its tokens.");
+    require(loss[draw] >= 0 && loss[draw] <= tokens[draw], name + " has a count of loss that does not fit its tokens.");
     supply.rows.push_back(tokens[draw]);
     supply.rows.push_back(loss[draw]);
   }
@@ -256,7 +255,7 @@ void Blender::place_document(std::int32_t source) {
   const std::int32_t* row = row_of(source);
   const std::size_t columns = supplies_[static_cast<std::size_t>(source)].columns.size();
   const std::int64_t length = row[columns], begun_in = sample_;
-  const bool masked_end = row[columns + 1] < length;
+  const std::int64_t masked = length - row[columns + 1];
   const bool whole = length <= target_.seq_length - filled_;
   if (border_is_next_) {
     borders_.push_back({rows_taken_, 0, 0});
@@ -266,8 +265,8 @@ void Blender::place_document(std::int32_t source) {
     end = std::min(length, begin + target_.seq_length - filled_);
     const bool is_last = end == length;
     if (sample_ < target_.num_samples) {
-      const std::int64_t loss = end - begin - (is_last && masked_end);
-      tally_.add(source, sample_, begun_in, whole ? row : nullptr, end - begin, loss, begin == 0);
+      tally_.add(source, sample_, begun_in, whole ? row : nullptr, end - begin, end - begin - (whole ? masked : 0),
+                 begin == 0);
       if (!whole) {
         cut_pieces_.push_back({source, drawn_[static_cast<std::size_t>(source)], begin, end, sample_, begun_in});
       }
@@ -282,12 +281,12 @@ void Blender::place_document(std::int32_t source) {
   }
   if (!whole && begun_in < target_.num_samples) tally_.add_cut(source);
   last_source_ = source;
-  last_bears_loss_ = !masked_end;
+  last_bears_loss_ = masked == 0;
 }
 
 void Blender::pad() {
   // What comes after the last token is padding, which nobody is to predict.
-  if (last_bears_loss_ && sample_ < target_.num_samples) tally_.take_back_loss(last_source_, sample_);
+  if (last_bears_loss_ && sample_ < target_.num_samples) tally_.take_back_loss(last_source_, sample_, 1);
   const std::int64_t padding = target_.seq_length - filled_;
   if (sample_ < target_.num_samples) tally_.add_padding(sample_, padding);
   end_sample(padding);

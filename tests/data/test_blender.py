@@ -73,6 +73,16 @@ def run_in_pieces(
 LANGUAGES = 3
 
 
+def languages_of_tokens(draw: Draw) -> list[int]:
+    """A document token by token: those of each language, then those of none."""
+    known = [language for language, count in sorted(draw.content.items()) for _ in range(count)]
+    return known + [-1] * (draw.tokens - len(known))
+
+
+def tokens_without_loss(draw: Draw) -> list[int]:
+    return [0] * draw.loss + [1] * (draw.tokens - draw.loss)
+
+
 class Supply(list[list[Draw]]):
     """Draws of every source; too many to be shown."""
 
@@ -158,6 +168,12 @@ def assert_tally(
     """Tokens, loss, rows and padding of sources as counting the samples one by one gives them."""
     blender = blender_of(target, supply, num_samples)
     _, _, cut, _ = run_in_pieces(blender, supply, pieces, 1000)
+    for piece in np.concatenate(cut):
+        source, draw_number, begin, end, *_ = piece.tolist()
+        masked = tokens_without_loss(supply[source][draw_number])[begin:end]
+        content_of = languages_of_tokens(supply[source][draw_number])[begin:end]
+        counts = np.array([[content_of.count(k) for k in sorted(supply[source][0].content)]], dtype=np.int32)
+        blender.add_content(np.array([piece]), counts, np.array([sum(masked)], dtype=np.int32))
     tally = blender.tally()
     counts = tally["source_counts"].tolist()
     drawn = Counter[int]()
@@ -166,28 +182,42 @@ def assert_tally(
         draw_of_row.append(drawn[source])
         drawn[source] += 1
     tokens, loss, begun, padding = Counter[int](), Counter[int](), Counter[int](), 0
+    content, asked = Counter[tuple[int, int]](), Fraction(0)
+    begun_in: dict[int, int] = {}
     if target.documents:
         for sample, parts in enumerate(expected.tokens_of_samples[:num_samples]):
             padding += expected.borders[sample][2]
             for at, (row, begin, end) in enumerate(parts):
                 source, draw = expected.rows[row], supply[expected.rows[row]][draw_of_row[row]]
+                begun_in.setdefault(row, sample)
                 tokens[source] += end - begin
                 begun[source] += begin == 0
-                bears = end - begin - (end == draw.tokens and draw.loss < draw.tokens)
+                bears = end - begin - sum(tokens_without_loss(draw)[begin:end])
                 before_padding = at == len(parts) - 1 and expected.borders[sample][2] > 0
                 loss[source] += bears - (before_padding and draw.loss == draw.tokens)
+                held = [language for language in languages_of_tokens(draw)[begin:end] if language >= 0]
+                content.update((source, language) for language in held)
+                asked += target.fraction(begun_in[row]) * (end - begin if target.count_all else len(held))
     else:
         for row in range(num_samples):
             draw = supply[expected.rows[row]][draw_of_row[row]]
             tokens[expected.rows[row]] += draw.tokens
+            content.update({(expected.rows[row], k): count for k, count in draw.content.items()})
+            asked += target.fraction(row) * (draw.tokens if target.count_all else draw.size)
             loss[expected.rows[row]] += draw.loss
             begun[expected.rows[row]] += 1
     for source, (rows, all_tokens, bearing, *_) in enumerate(counts):
         assert (rows, all_tokens, bearing) == (begun[source], tokens[source], loss[source])
+        languages = sorted(supply[source][0].content)
+        assert tally["source_content"][source].tolist() == [content[source, k] for k in languages]
     assert tally["padding_of_slots"].sum() == padding
     for sums in (tally["phases"], tally["slots"]):
         assert sums["tokens"].sum() == sum(tokens.values())
         assert sums["loss"].sum() == sum(loss.values())
+        for origin, language in itertools.product((0, 1), range(LANGUAGES)):
+            held_of = [n for (j, k), n in content.items() if k == language and (target.group[j] == PARALLEL) == origin]
+            assert sums["content"][:, origin, language].sum() == sum(held_of)
+    assert sum(tally["asked"]) == asked * target.denominator
     is_parallel = [group == PARALLEL for group in target.group]
     assert tally["phases"]["tokens"][:, 1].sum() == sum(n for j, n in tokens.items() if is_parallel[j])
 

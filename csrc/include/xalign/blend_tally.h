@@ -33,7 +33,7 @@ struct SourceSums {
   std::int64_t left_out_tokens = 0;
 };
 
-// What is on one side of a border of a sample: its content is known only once the document is looked into.
+// A part of a document that a border of a sample cuts: what is in it is known only once the document is looked into.
 struct CutPiece {
   std::int32_t source;
   std::int64_t draw;
@@ -55,10 +55,11 @@ class BlendTally {
   // begins_row: the window or document begins in it.
   void add(std::int32_t source, std::int64_t sample, std::int64_t begun_in, const std::int32_t* content,
            std::int64_t tokens, std::int64_t loss, bool begins_row);
-  // The content, of each language of its source, of a piece that was added without it. Throws std::invalid_argument if
-  // the piece names no source, or has a negative count or more content than tokens.
-  void add_content(const CutPiece& piece, const std::int32_t* content);
-  void take_back_loss(std::int32_t source, std::int64_t sample);  // of one token: padding comes after it
+  // The content, of each language of its source, of a piece that was added without it, and how many of its tokens that
+  // were added as bearing loss do not. Throws std::invalid_argument if the piece names no source, a count is negative or
+  // there are more than its tokens.
+  void add_content(const CutPiece& piece, const std::int32_t* content, std::int32_t masked);
+  void take_back_loss(std::int32_t source, std::int64_t sample, std::int64_t tokens);
   void add_padding(std::int64_t sample, std::int64_t tokens);
   void add_cut(std::int32_t source) { ++sources_[static_cast<std::size_t>(source)].cut; }
   void add_left_out(std::int32_t source, std::int64_t tokens);

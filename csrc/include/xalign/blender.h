@@ -62,8 +62,8 @@ class Blender {
   explicit Blender(BlenderTarget target);
 
   // The next draws of a source: content [num_draws, languages of the source] row-major, tokens (padding excluded) and
-  // tokens whose label bears loss [num_draws]. Of a document, tokens - loss is 0 or 1: whether its last token bears
-  // none. Copied. Throws std::invalid_argument on negative numbers, content or loss above tokens, windows of more than
+  // tokens whose label bears loss [num_draws]. The last token of a document bears none if there is one that does not.
+  // Copied. Throws std::invalid_argument on negative numbers, content or loss above tokens, windows of more than
   // seq_length tokens; the draws before the wrong one are kept.
   void feed(std::int32_t source, const std::int32_t* content, const std::int32_t* tokens, const std::int32_t* loss,
             std::size_t num_draws);

@@ -71,6 +71,7 @@ class RowCounter {
   void append(const Id* ids, std::size_t num_rows);  // throws std::invalid_argument on an id that is no source
   std::vector<std::int64_t> counts() const;          // [blocks + 1, num_sources] for the rows so far
   std::int64_t num_rows() const { return num_rows_; }
+  std::int32_t num_sources() const { return num_sources_; }
 
  private:
   std::int32_t num_sources_;
