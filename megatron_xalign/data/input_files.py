@@ -152,10 +152,14 @@ def _wanted_languages(fields: Fields) -> Iterator[str]:
 def _expand(argument: str | Path) -> Iterator[_Named]:
     """The files an argument means."""
     text, language = str(argument), None
+    if not text.strip():
+        raise CorpusError("one of the inputs is empty; give files, folders or patterns.")
     if isinstance(argument, str) and not os.path.lexists(argument):
         match = _WITH_LANGUAGE.fullmatch(argument)
         if match:
             language, text = match.groups()
+            # The shell expands "~" at the beginning of a word alone.
+            text = os.path.expanduser(text)  # noqa: PTH111
     path = Path(text)
     if path.is_dir():
         yield from (_Named(found, language, True) for found in _files_under(path))

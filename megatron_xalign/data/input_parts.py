@@ -217,12 +217,21 @@ def _pieces(
 
 def tsv_columns(file: InputFile, fields: Fields) -> TsvColumns | None:
     """Which columns of a TSV hold what; None for an empty file."""
+    line = first_line_of(file, fields)
+    return TsvColumns(fields, line, Place(file.path)) if line is not None else None
+
+
+def first_line_of(file: InputFile, fields: Fields) -> bytes | None:
+    """The first line of a file; None if it is empty.
+
+    Raises:
+        CorpusError: it is in another encoding, or damaged before the line's end.
+    """
     with DiskBytes(file, Reading()) as disk:
         try:
-            line = first_line(text_of(decompressed(disk, file), file.path), fields.max_line_bytes)
+            return first_line(text_of(decompressed(disk, file), file.path), fields.max_line_bytes)
         except DamagedError as error:
             raise damaged(file, error) from None
-    return TsvColumns(fields, line, Place(file.path)) if line is not None else None
 
 
 def damaged(file: InputFile, error: DamagedError, read: str = "") -> CorpusError:

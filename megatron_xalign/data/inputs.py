@@ -83,10 +83,9 @@ def read_part(
                     reading.documents += len(batch.texts)
                     yield batch
         except DamagedError as error:
-            lines = f"{error.lines:,} whole lines, " if error.lines else ""
-            raise damaged(
-                piece.files[0], error, f"; {lines}{reading.documents - before:,} documents, could be read before that"
-            ) from None
+            documents = f"{reading.documents - before:,} documents"
+            reached = f"{error.lines:,} whole lines with {documents}" if error.lines else documents
+            raise damaged(piece.files[0], error, f"; {reached} could be read before that") from None
         except OSError as error:
             path = error.filename or path_of(piece)
             raise CorpusError(f"{path} cannot be read: {error.strerror or error}.") from None

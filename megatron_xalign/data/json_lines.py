@@ -125,10 +125,19 @@ def object_in(line: bytes) -> dict[str, Any]:
         found = f" at byte {error.start} of the line (0x{line[error.start]:02X})"
         raise MalformedError("not UTF-8", f"{found}{_LATIN}") from None
     except (ValueError, RecursionError) as error:
-        raise MalformedError("not JSON", f": {error}") from None
+        raise MalformedError("not JSON", f": {error}{_hint(line)}") from None
     if not isinstance(content, dict):
-        raise MalformedError("not a JSON object", f" but {_type_name(content)}")
+        raise MalformedError("not a JSON object", f" but {_type_name(content)}{_hint(line)}")
     return content
+
+
+def _hint(line: bytes) -> str:
+    """What to do with JSON that is not in lines."""
+    if line.strip() == b"[" or line.startswith((b"[{", b"[ {")):
+        return "; a record a line is wanted, and this begins a list: `jq -c '.[]' FILE` makes lines of it"
+    if line.strip() == b"{":
+        return "; a record a line is wanted, and this goes over several: `jq -c . FILE` makes lines of it"
+    return ""
 
 
 _LATIN = "; text in another encoding is converted with `iconv -f ISO-8859-1 -t UTF-8` (or whichever it is)"

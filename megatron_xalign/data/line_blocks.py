@@ -202,12 +202,12 @@ def _unzstd(chunks: Iterator[bytes]) -> Iterator[bytes]:
             try:
                 data = frame.decompress(step)
             except zstandard.ZstdError as error:
-                hint = (
-                    "; it was made with a long window (--long): recompress it with `zstd -d --long=31` and `zstd`"
-                    if "memory" in str(error) else ""
-                )
-                near = f"near its byte {position + begin}"
-                raise DamagedError(f"is not a whole zstd file: {error}, {near}{hint}") from None
+                if "too much memory" in str(error):
+                    raise DamagedError(
+                        "takes more than 128 MiB to decompress, since it was made with a long window (--long): recompress "
+                        "it with `zstd -d --long=31 --stdout FILE | zstd > NEW`"
+                    ) from None
+                raise DamagedError(f"is not a whole zstd file: {error}, near its byte {position + begin}") from None
             if data:
                 yield data
             if frame.eof:

@@ -100,6 +100,8 @@ def test_aligned_files_find_their_partners(tmp_path: Path) -> None:
     [
         ([], [], "no input is named"),
         ([], ["x.jsonl"], "x.jsonl does not exist"),
+        ([], ["fi=~/nowhere.jsonl"], "^/.*/nowhere.jsonl does not exist"),
+        (["x.jsonl"], [""], "one of the inputs is empty"),
         ([], ["*.jsonl"], "no file has a name like this"),
         ([], ["."], "no file of a known format"),
         (["x.csv"], ["x.csv"], "tells no format"),

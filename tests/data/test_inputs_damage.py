@@ -49,6 +49,9 @@ def texts_of(batches: list[TextBatch]) -> list[str]:
     [
         (FINNISH, "{", "not JSON"),
         (FINNISH, "[1]", "not a JSON object but list"),
+        (FINNISH, "[", "not JSON: .*`jq -c '.\\[\\]' FILE` makes lines of it"),
+        (FINNISH, '[{"text": "a"},', "not JSON: .*this begins a list"),
+        (FINNISH, "{", "not JSON: .*this goes over several"),
         (FINNISH, "null", "not a JSON object but null"),
         (FINNISH, '"text"', "not a JSON object but str"),
         (FINNISH, "{}", 'no "text"'),
