@@ -120,7 +120,7 @@ class Row {
     }
     std::int8_t* const languages = languages_.data() + at;
     if (file.content == Content::spans) {
-      auto span = file.span_at(piece.first, piece.document);
+      auto span = file.span_at(piece.first, piece.document, piece.begin == 0);
       for (std::int64_t done = 0; done < piece.tokens;) {
         const std::int64_t until = std::min(span.end - piece.first, piece.tokens);
         const std::int8_t language =
@@ -128,6 +128,9 @@ class Row {
         std::fill(languages + done, languages + until, language);
         done = until;
         if (done < piece.tokens) span = file.span_after(span, piece.document);
+      }
+      if (piece.begin + piece.tokens == piece.length) {
+        file.check_last(span, piece.document, piece.first + piece.tokens);
       }
       return;
     }

@@ -11,7 +11,7 @@ namespace xalign {
 
 namespace {
 
-constexpr std::int64_t kLongestSequence = std::numeric_limits<std::int32_t>::max() - 1;
+constexpr std::int64_t kLongestSequence = std::numeric_limits<std::int32_t>::max();
 // Documents that one thread takes at least, and that are looked up together.
 constexpr std::int64_t kLeastDocuments = 1 << 14;
 constexpr std::int64_t kAtOnce = 512;
@@ -28,6 +28,13 @@ class Row {
   void add(std::int64_t document, std::int64_t length, std::int64_t begin, std::int64_t end) {
     file_.count(document, length, begin, end, content_.data(), &eod_);
     tokens_ += end - begin;
+  }
+
+  // A token without a label.
+  void add_unlabelled(std::int64_t document, std::int64_t length, std::int64_t token) {
+    std::int64_t no_matter = 0;
+    file_.count(document, length, token, token + 1, content_.data(), &no_matter);
+    ++tokens_;
   }
 
   template <typename Count>
@@ -352,6 +359,8 @@ void SourceStream::append_cut(const Epoch& epoch, std::int64_t window, std::int3
       wanted -= taken;
       skip = 0;
     }
+    // The next start is behind `from`.
+    if (skip > 0) stale("a start");
   }
 }
 
@@ -387,7 +396,7 @@ void SourceStream::count_cut(const Epoch& epoch, std::int64_t first, std::int64_
   const std::int64_t from = first * cutting_.seq_length;
   const auto* const after = std::upper_bound(epoch.starts, epoch.starts + epoch.num_starts, from);
   const std::int64_t block = std::max<std::int64_t>(after - epoch.starts - 1, 0);
-  std::int64_t skip = from - epoch.starts[block];
+  std::int64_t skip = from - epoch.starts[block], skipped = 0;
   if (skip < 0) stale("a start");
   Walk walk(*this, epoch, block * kStride, num_documents());
   Draws draws(epoch.windows);
@@ -397,6 +406,7 @@ void SourceStream::count_cut(const Epoch& epoch, std::int64_t first, std::int64_
     if (!walk.next(place)) stale("a start");
     if (skip >= place.length) {
       skip -= place.length;
+      if (++skipped > kStride && skip > 0) stale("a start");
       continue;
     }
     for (std::int64_t begin = skip; begin < place.length && window < end;) {
@@ -423,7 +433,11 @@ void SourceStream::count_packed(const Epoch& epoch, std::int64_t first, std::int
   for (std::int64_t window = first; window < end; ++window) {
     pieces.clear();
     append_packed(epoch, window, 0, pieces);
-    for (const Piece& piece : pieces) row.add(piece.document, piece.tokens, 0, piece.tokens);
+    for (const Piece& piece : pieces) {
+      const bool is_last = &piece == &pieces.back();
+      row.add(piece.document, piece.tokens, 0, piece.tokens - is_last);
+      if (is_last) row.add_unlabelled(piece.document, piece.tokens, piece.tokens - 1);
+    }
     row.write(counts, draws.of(window));
   }
 }

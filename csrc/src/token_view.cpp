@@ -110,7 +110,7 @@ TokenFileView::Span TokenFileView::span_after(const Span& before, std::int64_t d
   return span(before.index + 1, before.end, document);
 }
 
-TokenFileView::Span TokenFileView::span_at(std::int64_t token, std::int64_t document) const {
+TokenFileView::Span TokenFileView::span_at(std::int64_t token, std::int64_t document, bool is_first) const {
   // Mostly every document has as many spans as every other, and the token is the first of one.
   if (num_spans % num_documents == 0) {
     const std::int64_t guess = document * (num_spans / num_documents);
@@ -134,6 +134,7 @@ TokenFileView::Span TokenFileView::span_at(std::int64_t token, std::int64_t docu
       high_token = end;
     }
   }
+  if (is_first && (low == 0 ? 0 : item<std::int64_t>(span_ends, low - 1)) != token) bad_spans(document);
   return span(low, token, document);
 }
 
@@ -154,11 +155,12 @@ void TokenFileView::count(std::int64_t document, std::int64_t length, std::int64
       const std::int64_t first = start(document, length);
       std::int64_t at = first + begin;
       const std::int64_t last = first + end;
-      for (Span here = span_at(at, document);; here = span_after(here, document)) {
+      for (Span here = span_at(at, document, begin == 0);; here = span_after(here, document)) {
         const std::int64_t stop = std::min(here.end, last);
         if (here.language >= 0) languages[here.language] += stop - at;
         at = stop;
         if (at == last) {
+          if (end == length) check_last(here, document, last);
           *eod_tokens += end == length && here.language < 0;
           return;
         }

@@ -262,13 +262,15 @@ def _open(path: Path, wanted: str) -> dict[str, np.ndarray] | None:
                 log.warning("%s is damaged or not an index file of this package; built again.", path)
                 return None
             first, entries, size = header
-            # One map for all; `view` because slices of np.memmap are several times slower.
-            mapped = np.memmap(file, dtype=np.uint8, mode="r", offset=first, shape=(size,)) if size else np.zeros(0, "u1")
+            mapped: np.ndarray = np.zeros(0, dtype=np.uint8)
+            if size:
+                mapped = np.memmap(file, dtype=np.uint8, mode="r", offset=first, shape=(size,))
     except FileNotFoundError:
         return None
     except OSError as error:
         log.warning("%s cannot be read (%s); built again.", path, error.strerror or error)
         return None
+    # One map for all; plain arrays because slices of np.memmap are several times slower.
     whole, arrays = mapped.view(np.ndarray), {}
     for entry in entries:
         dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])

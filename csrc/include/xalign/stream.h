@@ -55,7 +55,7 @@ template <typename Count>
 struct Counts {
   Count* content = nullptr;  // [rows, languages of the file]: tokens of each language among the inputs
   Count* tokens = nullptr;   // [rows]: inputs that are no padding
-  Count* eod = nullptr;      // [rows]: end-of-document tokens among the inputs
+  Count* eod = nullptr;      // [rows]: end-of-document tokens among the inputs that have a label
 };
 
 // A part of a file read again and again, every epoch in another order. Windows and documents have draws, numbers that
@@ -66,7 +66,7 @@ class SourceStream {
   static constexpr std::int64_t kMostEpochs = std::int64_t{1} << 20;
 
   // The documents that the split permutation has at positions part_begin..part_end-1; without a key it is the file's
-  // own order. Throws std::invalid_argument if the part is not inside the file, or seq_length is outside 1..2^31 - 2.
+  // own order. Throws std::invalid_argument if the part is not inside the file, or seq_length is outside 1..2^31 - 1.
   SourceStream(TokenFileView file, Cutting cutting, std::optional<std::uint64_t> split_key, std::int64_t part_begin,
                std::int64_t part_end);
 

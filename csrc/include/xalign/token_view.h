@@ -68,14 +68,18 @@ struct TokenFileView {
   // The file's token that a document begins with, where `length` tokens follow. Throws damaged_file.
   std::int64_t start(std::int64_t document, std::int64_t length) const;
 
-  // The span that a token lies in, and where the span ends. Throws damaged_file.
+  // The span that a token lies in, the span after it, and a check that a document's last span ends with it. Throw
+  // damaged_file; span_at also if the token is a document's first and no span begins with it.
   struct Span {
     std::int64_t index;
     std::int64_t end;
     std::int8_t language;  // of the file, or -1
   };
-  Span span_at(std::int64_t token, std::int64_t document) const;
+  Span span_at(std::int64_t token, std::int64_t document, bool is_first) const;
   Span span_after(const Span& span, std::int64_t document) const;
+  void check_last(const Span& span, std::int64_t document, std::int64_t document_end) const {
+    if (span.end != document_end) bad_spans(document);
+  }
 
   // What tokens begin..end-1 of a document of `length` tokens are: adds those of each language of the file to
   // content[num_languages()], and 1 to eod if they hold its end-of-document token (the number of such tokens with
