@@ -232,7 +232,9 @@ class _Check:
         known: Any = self.tokenizer
         if self.manifest:
             stated = self.manifest["tokenizer"]
-            self.vocab_size, self.eod = stated["vocab_size"], stated["eod"]
+            self.vocab_size = stated["vocab_size"]
+            # Documents may have been written without an end, as Megatron-LM's tool does unless told otherwise.
+            self.eod = None if self.manifest.get("append_eod") is False else stated["eod"]
             if known is not None:
                 try:
                     check_same_tokenizer(self.manifest, known)
@@ -311,7 +313,7 @@ class _Check:
         self._hashed["bin"] = tokens.digest.hexdigest()
         for check, message, count in tokens.problems():
             self.problem(check, message, count)
-        if ends_with_language and self.manifest:
+        if ends_with_language and self.manifest and self.eod is not None:
             self.problem(
                 "end of document",
                 f"{companion(self.prefix, 'spans')} gives an end-of-document token a language "

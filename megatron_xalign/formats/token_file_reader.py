@@ -43,9 +43,12 @@ Check = Literal["index", "sizes"]
 class TokenFile:
     """A token file opened for reading; made by :func:`read_token_file`.
 
-    Its arrays are memory maps, made when first asked for. What ``check="sizes"`` has not checked is checked by every
-    method here where it is used (FormatError); whoever takes the arrays themselves has to do the same. Arrays of the
-    ``.idx`` are not aligned: its header has 34 bytes.
+    Its arrays are memory maps, made when first asked for. What ``check="sizes"`` has not looked at (the inside of
+    lengths, pointers, document indices and spans) is held against its bounds by every method here where it is used
+    (FormatError); whoever takes the arrays themselves has to do the same. A damaged number that lies inside its bounds
+    is for ``check="index"`` and :func:`verify_token_file` to find. Arrays of the ``.idx`` are not aligned: its header
+    has 34 bytes. A file must not be cut short or overwritten in place while it is open: memory maps end the process
+    then. Writers of this package never do that; they rename a new file over the old one.
     """
 
     def __init__(
@@ -240,6 +243,8 @@ class TokenFile:
         languages = self.span_languages[first : last + 1]
         if (
             ends.size == 0
+            # Ends that do not rise lead the search astray.
+            or (first and self.span_ends[first - 1] > start)
             or ends[-1] != stop
             or sizes.min() <= 0
             or languages.min() < NO_LANGUAGE
@@ -300,8 +305,8 @@ def read_token_file(
         language: code of a file without companions; for one of ours it may be left out and must agree if given.
         eod: end-of-document id of a file without companions; its tokens then have no language.
         check: ``index`` reads index and spans once (20 and 9 bytes for each of them) and keeps the offsets of all
-            documents in memory. ``sizes`` reads headers and manifest only: any size opens at once, and damage inside
-            is met where it is read.
+            documents in memory. ``sizes`` reads headers and manifest only: any size opens at once, and what
+            leaves its bounds inside is met where it is read.
 
     Returns:
         The open file.

@@ -213,6 +213,13 @@ class Tally:
         # Languages met so far in a document whose spans are not all counted; the first is "none".
         self._open = np.zeros(num_languages + 1, dtype=bool)
 
+    def add_language(self) -> None:
+        """One more language, with the next index; to be called between documents."""
+        self.tokens_by_language_K = np.append(self.tokens_by_language_K, 0)
+        self.documents_by_language_K = np.append(self.documents_by_language_K, 0)
+        self._open = np.append(self._open, False)
+        self._regular = len(self.tokens_by_language_K) == 1 and self.spans == 0
+
     @property
     def spans_are_regular(self) -> bool:
         """Whether there is one language and every document is some of it and one token of none."""

@@ -47,13 +47,14 @@ class TokenFileWriter:
             prefix: path without extension; its folder is made if missing.
             tokenizer: decides the token width; its hash goes into the manifest.
             origin: ``monolingual`` or ``parallel``.
-            languages: codes that language indices point into, at most 127.
+            languages: codes that language indices point into, at most 127; see :meth:`language_index` for those that
+                are not known yet.
         """
         if origin not in ("monolingual", "parallel"):
             raise ValueError(f"origin={origin!r} is neither 'monolingual' nor 'parallel'.")
-        good = bool(languages) and len(set(languages)) == len(languages) <= MOST_LANGUAGES
+        good = len(set(languages)) == len(languages) <= MOST_LANGUAGES
         if not good or not all(map(is_language_code, languages)):
-            raise ValueError(f"languages={list(languages)} must be 1 to {MOST_LANGUAGES} different printable codes.")
+            raise ValueError(f"languages={list(languages)} must be up to {MOST_LANGUAGES} different printable codes.")
         self.prefix = Path(prefix)
         self.origin = origin
         self.languages = list(languages)
@@ -94,6 +95,24 @@ class TokenFileWriter:
     def sequences(self) -> int:
         """Megatron's sequences so far."""
         return self.columns.num_sequences
+
+    def language_index(self, code: str) -> int:
+        """The index of a language; it is added to the list if it is new.
+
+        Raises:
+            CorpusError: it is no code, or one too many.
+        """
+        if code not in self.languages:
+            if not is_language_code(code):
+                raise CorpusError(f"{code!r} is no language code; a code is printable text such as fin_Latn.")
+            if len(self.languages) == MOST_LANGUAGES:
+                raise CorpusError(
+                    f"{self.prefix} has documents in more than {MOST_LANGUAGES} languages, {code} is one more; name "
+                    "the languages you want, or write a token file for each."
+                )
+            self.languages.append(code)
+            self.tally.add_language()
+        return self.languages.index(code)
 
     def add_document(self, parts: Sequence[tuple[Sequence[int] | np.ndarray, int]]) -> None:
         """Append one document given as its pieces in order.
@@ -178,13 +197,13 @@ class TokenFileWriter:
     def _check_ids(self, tokens_T: np.ndarray) -> None:
         if tokens_T.ndim != 1 or tokens_T.dtype.kind not in "iu":
             raise ValueError(f"tokens_T is {tokens_T.dtype} {list(tokens_T.shape)}; token ids are integers [T].")
-        vocab_size = self.tokenizer["vocab_size"]
-        if np.iinfo(tokens_T.dtype).max < vocab_size and tokens_T.dtype.kind == "u":
-            return
         # One pass instead of two: as unsigned numbers, negative ids are the largest.
+        limit = min(self.tokenizer["vocab_size"], int(np.iinfo(tokens_T.dtype).max) + 1)
         unsigned = tokens_T.view(tokens_T.dtype.str.replace("i", "u"))
-        if int(unsigned.max()) >= vocab_size:
-            raise ValueError(f"token ids {tokens_T.min()}..{tokens_T.max()} leave the vocabulary of {vocab_size}.")
+        if int(unsigned.max()) >= limit:
+            raise ValueError(
+                f"token ids {tokens_T.min()}..{tokens_T.max()} leave the vocabulary of {self.tokenizer['vocab_size']}."
+            )
 
     def finish(self, *, allow_empty: bool = False, **details: Any) -> dict[str, Any]:
         """Write index, spans and manifest, and let all four files appear.
@@ -200,6 +219,8 @@ class TokenFileWriter:
             CorpusError: no document was added.
             FormatError: the disk is full or the like. Nothing is left behind.
         """
+        if self.documents and not self.languages:
+            raise ValueError("documents without a language; their tokens would be nobody's.")
         if not self.documents and not allow_empty:
             raise CorpusError(f"{self.prefix}: there is no document to write; every input text was empty or left out.")
         return self.columns.finish(self.languages, lambda files: self._manifest(files, details))

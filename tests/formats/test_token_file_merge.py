@@ -16,9 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_xalign.errors import ConfigError, CorpusError, FormatError
-from megatron_xalign.formats import token_file_merge, token_file_structure
+from megatron_xalign.formats import (
+    token_file_columns,
+    token_file_layout,
+    token_file_merge,
+    token_file_statistics,
+    token_file_structure,
+)
+from megatron_xalign.formats.atomic import remove_abandoned
 from megatron_xalign.formats.token_file import (
-    NO_LANGUAGE,
+    TokenFileWriter,
     companion,
     merge_token_files,
     read_manifest,
@@ -35,8 +42,6 @@ def same_bytes(a: Path, b: Path, kinds: tuple[str, ...] = KINDS) -> bool:
 
 def small_pieces(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Whole files in pieces of a few items, so that documents, sequences and spans are cut everywhere."""
-    from megatron_xalign.formats import token_file_columns, token_file_layout, token_file_statistics
-
     monkeypatch.setattr(token_file_layout.chunks, "__defaults__", (size, 0))
     for module in (token_file_columns, token_file_merge, token_file_statistics, token_file_structure):
         monkeypatch.setattr(module, "CHUNK", size)
@@ -121,8 +126,6 @@ def test_any_parts_and_any_drop_lists_join_to_what_one_writer_makes(
                 merge_token_files(names, folder / "out", drop=drops)
             return
         merge_token_files(names, folder / "out", drop=drops)
-    from megatron_xalign.formats.token_file import TokenFileWriter
-
     tokenizer = token_files.Tokenizer()
     with TokenFileWriter(
         folder / "whole", tokenizer=tokenizer, origin="parallel", languages=["eng_Latn", "fin_Latn"]
@@ -354,8 +357,6 @@ print("steps", steps)
 def test_a_merge_killed_at_any_moment_leaves_nothing_that_is_read_and_no_litter_after_the_next(
     tmp_path: Path, token_files
 ) -> None:
-    from megatron_xalign.formats.atomic import remove_abandoned
-
     for number, name in enumerate("ab"):
         token_files.write(tmp_path / name, token_files.documents(number, 4))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -401,6 +402,6 @@ def test_the_result_is_json_and_verifies_with_its_shards(tmp_path: Path, token_f
 
 def test_a_part_without_documents_is_a_part(tmp_path: Path, token_files) -> None:
     token_files.write(tmp_path / "empty", [])
-    assert len(read_token_file(tmp_path / "empty")) == 0 and NO_LANGUAGE == -1
+    assert len(read_token_file(tmp_path / "empty")) == 0
     manifest = merge_token_files([tmp_path / "empty"], tmp_path / "still")
     assert manifest["documents"] == 0 and verify_token_file(tmp_path / "still")["documents"] == 0
