@@ -82,8 +82,12 @@ def monolingual_batch(
     """
     if named is None:
         return TextBatch(texts, language=task.codes(language or ""), place=place, numbers=numbers)
-    codes = task.codes
-    languages = [codes(code) for code in named]
+    if "" in named:
+        for number, code in zip(numbers, named, strict=True):
+            if not code:
+                task.reject(place, number, "no language")
+        texts, numbers, named = list(compress(texts, named)), list(compress(numbers, named)), list(filter(None, named))
+    languages = list(map(task.codes, named))
     wanted = task.fields.languages
     if wanted and not set(languages) <= set(wanted):
         keep = [code in wanted for code in languages]
@@ -164,7 +168,8 @@ def pairs_of_records(
     def pairs_of(sides: Sequence[tuple[str, str]]) -> list[tuple[str, str, str, str]]:
         texts: dict[str, str] = {}
         for code, text in sides:
-            texts.setdefault(codes(code), text)
+            if code:
+                texts.setdefault(codes(code), text)
         if len(texts) < len(sides):
             task.reading.leave_out("a second text in the same language in its record", len(sides) - len(texts))
         found = rule or (pairs_among(texts, task.fields.pair_rule) if len(texts) > 1 else ())
@@ -224,7 +229,7 @@ def pairs_of_two_named_sides(
 def _pair_of_two(task: Task, code: str, other_code: str) -> tuple[str, str] | None:
     """The pair that is taken of two sides in these languages, in its order."""
     first, second = task.codes(code), task.codes(other_code)
-    if first == second:
+    if first == second or not first or not second:
         return None
     fields = task.fields
     if fields.languages or not isinstance(fields.pair_rule, str):

@@ -48,7 +48,7 @@ class Fields:
     """Pairs taken from a record in more than two languages: ``pivot`` (the first of ``languages`` with each other),
     ``all`` (each with each), or a list of pairs."""
     text_unit: Literal["line", "paragraph", "file"] = "line"
-    """Plain text: what is one document; a paragraph ends at a blank line."""
+    """Plain text: what is one document; a paragraph ends at a blank line. A line, if not said otherwise."""
     tsv_header: bool = False
     """Whether the first line of a TSV names its columns; so it is anyway if one of the columns wanted is no number."""
     max_line_bytes: int = 1 << 30

@@ -204,8 +204,8 @@ def _unzstd(chunks: Iterator[bytes]) -> Iterator[bytes]:
             except zstandard.ZstdError as error:
                 if "too much memory" in str(error):
                     raise DamagedError(
-                        "takes more than 128 MiB to decompress, since it was made with a long window (--long): recompress "
-                        "it with `zstd -d --long=31 --stdout FILE | zstd > NEW`"
+                        "takes more than 128 MiB to decompress, since it was made with a long window (--long): "
+                        "recompress it with `zstd -d --long=31 --stdout FILE | zstd > NEW`"
                     ) from None
                 raise DamagedError(f"is not a whole zstd file: {error}, near its byte {position + begin}") from None
             if data:

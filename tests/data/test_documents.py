@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from megatron_xalign.data.documents import (
     Document,
@@ -24,12 +25,13 @@ PAIR = Document("p1", "parallel", {"eng_Latn": "a cat", "fin_Latn": "kissa"})
 
 def write(path: Path, lines: list) -> Path:
     text = "".join((line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)) + "\n" for line in lines)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(path.suffix, bytes)
+    path.write_bytes(pack(text.encode()))
     return path
 
 
-@pytest.mark.parametrize("name", ["fin.jsonl", "fin.jsonl.gz"])
-def test_monolingual_lines_become_documents_plain_or_gzipped(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["fin.jsonl", "fin.jsonl.gz", "fin.jsonl.zst"])
+def test_monolingual_lines_become_documents_plain_or_compressed(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, [{"id": "a", "text": "yksi"}, "", {"id": 7, "text": "ΑΒΓ 漢字 😀"}, {"text": ""}])
     reading = Reading()
     found = list(read_monolingual(path, "fin_Latn", reading=reading))

@@ -17,7 +17,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_xalign.data import reading as reading_module
 from megatron_xalign.data.inputs import Fields, Part, Reading, TextBatch, find_inputs, plan_parts, read_part
+from megatron_xalign.errors import CorpusError
 
 FINNISH = Fields(kind="monolingual", language="fin_Latn")
 SHORT = (("en", "eng_Latn"), ("fi", "fin_Latn"))
@@ -413,6 +415,19 @@ def test_records_in_other_languages_are_left_out_and_counted(tmp_path: Path) -> 
     assert reading.skipped == {"a language not asked for (eng_Latn)": 3} and reading.malformed == 0
 
 
+def test_a_record_without_a_language_is_malformed(tmp_path: Path) -> None:
+    path = tmp_path / "x.tsv"
+    path.write_text("en\tone\n\ttwo\nfi\tkolme\n", encoding="utf-8")
+    fields = Fields(kind="monolingual", text_key="2", language_key="1")
+    (part,) = plan_parts(find_inputs([path]), fields)
+    with pytest.raises(CorpusError, match=r"x\.tsv:2: no language"):
+        list(read_part(part, fields))
+    reading = Reading()
+    (batch,) = read_part(part, fields, on_error="skip", reading=reading)
+    assert (batch.texts, batch.languages, reading.skipped) == (["one", "kolme"], ["en", "fi"], {"no language": 1})
+    assert [batch.where(row) for row in range(2)] == [f"{path}:1", f"{path}:3"]
+
+
 @given(
     lines=st.lists(
         st.sampled_from(
@@ -447,6 +462,21 @@ def test_what_is_malformed_does_not_depend_on_how_a_file_is_cut(
     malformed = [number for number, line in enumerate(lines, 1) if line and line not in good]
     assert reading.malformed == len(malformed)
     assert [example.split(": ")[0] for example in reading.examples] == [f"{path}:{number}" for number in malformed[:10]]
+
+
+def test_far_into_a_file_an_example_names_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' * 100 + b"{\n" * 2)
+    monkeypatch.setattr(reading_module, "_FARTHEST_COUNTED", 500)
+    reading = Reading()
+    parts = plan_parts(find_inputs([path]), FINNISH, 500)
+    for part in parts:
+        list(read_part(part, FINNISH, on_error="skip", reading=reading))
+    begin = parts[-1].pieces[0].begin
+    # The first line that begins there is the one after that of the byte before.
+    number = 100 - -(-begin // 14) + 1
+    found = [example.split(": not JSON")[0] for example in reading.examples]
+    assert found == [f"{path}: line {row} from byte {begin}" for row in (number, number + 1)]
 
 
 def test_parts_and_fields_survive_json(tmp_path: Path) -> None:
