@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_xalign.config import DataConfig, RunConfig, from_tree, to_tree, to_yaml
 from megatron_xalign.errors import CheckpointError, ConfigError, CorpusError
@@ -15,6 +15,10 @@ from megatron_xalign.formats.atomic import read_json, sha256_of, write_json
 from megatron_xalign.formats.run_folder import RunFolder, check_same_run, command_line, start_run
 
 log = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from megatron_xalign.data.job_settings import JobSettings
+    from megatron_xalign.data.preprocess import Outcome
 
 CHECK_FILE = "xalign-check.json"
 """In a Hugging Face folder: the comparison with the checkpoint it was made from."""
@@ -110,24 +114,93 @@ def preprocess(
 ) -> dict[str, Any]:
     """Turn documents of one language, or pairs of two, into a token file; return its manifest."""
     from megatron_xalign.data import preprocess as job
-    from megatron_xalign.data.tokenizer import Tokenizer
+    from megatron_xalign.data.inputs import Fields
+    from megatron_xalign.data.job_settings import JobSettings
 
-    engine = Tokenizer.load(tokenizer)
     if pair is not None:
-        return job.preprocess_pairs(
-            inputs, prefix, engine, pair, direction=direction, seed=seed, on_error=on_error
-        )
-    if language is None:
+        fields = Fields(kind="pairs", languages=pair)
+    elif language is not None:
+        fields = Fields(kind="monolingual", language=language)
+    else:
         raise ValueError("either a language or a pair of languages is needed.")
-    return job.preprocess_monolingual(inputs, prefix, engine, language, on_error=on_error)
+    return job.preprocess(
+        JobSettings(
+            inputs=tuple(map(str, inputs)), output_prefix=str(prefix), tokenizer=str(tokenizer), fields=fields,
+            direction=direction, seed=seed, on_error=on_error,
+        )
+    )
 
 
-def verify(prefix: Path, tokenizer: Path | None) -> dict[str, Any]:
-    """Check a token file; return what it holds."""
+def preprocess_all(jobs: Sequence[JobSettings]) -> list[Outcome]:
+    """Do preprocessing jobs one after the other; return what each made and took."""
+    from megatron_xalign.data.preprocess import run_job
+
+    return [run_job(job) for job in jobs]
+
+
+def plan_preprocessing(jobs: Sequence[JobSettings]) -> list[dict[str, Any]]:
+    """What preprocessing jobs would do, and about what that would take; touches nothing."""
+    from megatron_xalign.data.preprocess import describe_plan
+
+    return [describe_plan(job) for job in jobs]
+
+
+def verify(prefix: Path, tokenizer: Path | None = None, num_samples: int = 3) -> dict[str, Any]:
+    """Check a token file; return what it holds, what is wrong with it, and some documents, as text if it can be."""
     from megatron_xalign.data.tokenizer import Tokenizer
-    from megatron_xalign.formats.token_file import verify_token_file
+    from megatron_xalign.formats.token_file import check_token_file
 
-    return verify_token_file(prefix, Tokenizer.load(tokenizer) if tokenizer else None)
+    loaded = Tokenizer.load(tokenizer) if tokenizer else None
+    report = check_token_file(prefix, loaded, samples=num_samples)
+    if loaded is not None:
+        for document in report.sample:
+            pieces = itertools.groupby(zip(document["languages"], document["ids"], strict=True), lambda item: item[0])
+            document["text"] = [
+                {"language": language, "text": loaded.decode([token for _, token in tokens])}
+                for language, tokens in pieces
+            ]
+    return {"prefix": str(prefix), **report.to_tree()}
+
+
+def merge(
+    out: Path,
+    prefixes: Sequence[Path],
+    *,
+    tokenizer: Path | None = None,
+    language: str | None = None,
+    origin: Literal["monolingual", "parallel"] = "monolingual",
+    replace: bool = False,
+) -> dict[str, Any]:
+    """Join token files in order; return the manifest of the result."""
+    from megatron_xalign.data.tokenizer import Tokenizer
+    from megatron_xalign.formats.token_file_merge import merge_token_files
+
+    return merge_token_files(
+        prefixes, out, replace=replace, language=language, origin=origin,
+        tokenizer=Tokenizer.load(tokenizer) if tokenizer else None,
+    )
+
+
+def token_statistics(prefix: Path, *, tokenizer: Path | None = None, language: str | None = None) -> dict[str, Any]:
+    """Count what a token file holds."""
+    from megatron_xalign.data.tokenizer import Tokenizer
+    from megatron_xalign.formats.token_file_statistics import token_file_statistics
+
+    loaded = Tokenizer.load(tokenizer) if tokenizer else None
+    counted = token_file_statistics(prefix, language=language, tokenizer=loaded)
+    if loaded is not None:
+        for token in counted["frequent_ids"]:
+            token["text"] = loaded.decode([token["id"]])
+    return counted
+
+
+def make_pairing(
+    aligned: Path, out: Path, pairing: Literal["shuffled", "separated"], seed: int = 1234
+) -> dict[str, Any]:
+    """Make a control of a token file of aligned pairs; return its manifest."""
+    from megatron_xalign.data.pairing import write_pairing
+
+    return write_pairing(aligned, out, pairing, seed=seed)
 
 
 # --- mixture and training ---------------------------------------------------------------------------------------------
@@ -169,9 +242,8 @@ def train(config: RunConfig) -> Path:
     training = dataclasses.replace(config.training, train_steps=blend.train_steps)
     probe = _tokenized_probe(config.data, tokenizer) if config.capture else []
     with topology.start(config.parallel, config.seed) as ranks:
-        vocab_size = padded_vocab_size(
-            tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, ranks.tensor_size
-        )
+        num_ids = _num_ids(config, tokenizer)
+        vocab_size = padded_vocab_size(num_ids, config.model.make_vocab_size_divisible_by, ranks.tensor_size)
         run = RunFolder(Path(config.output_dir))
         if ranks.rank == 0:
             layout = {
@@ -188,14 +260,19 @@ def train(config: RunConfig) -> Path:
         model_chunks = build_model(
             config.model, padded_vocab_size=vocab_size, seq_length=config.data.seq_length, parallel=config.parallel,
             params_dtype=config.training.params_dtype, recompute=config.training.recompute, ranks=ranks,
-            seed=config.seed, vocab_size=tokenizer.vocab_size,
+            seed=config.seed, vocab_size=num_ids,
         )
+        newest = checkpoint.latest_checkpoint(run.checkpoints, ranks)
+        if newest is None and config.training.load_weights is not None:
+            # Before the optimizer is built, which copies them to its main weights.
+            checkpoint.load_weights(config.training.load_weights, model_chunks, ranks)
+            log.info("weights of %s.", config.training.load_weights)
         optimizer = build_optimizer(
             model_chunks, config.optimizer, parallel=config.parallel, params_dtype=config.training.params_dtype,
             train_steps=blend.train_steps,
         )
         start_step, loss_state = 0, None
-        if newest := checkpoint.latest_checkpoint(run.checkpoints, ranks):
+        if newest is not None:
             loaded = checkpoint.load_checkpoint(
                 newest, model_chunks, optimizer.megatron, optimizer.scheduler, ranks
             )
@@ -211,7 +288,7 @@ def train(config: RunConfig) -> Path:
                     probe=probe, languages=blend.languages, eod_id=tokenizer.eod,
                 )
             )
-        if newest:
+        if newest is not None:
             for observer in observers:
                 state = checkpoint.load_observer_state(newest, observer.name, observer.parts_of, ranks)
                 if state is not None:
@@ -221,7 +298,7 @@ def train(config: RunConfig) -> Path:
             path = checkpoint.save_checkpoint(
                 run.checkpoints, step, model_chunks, optimizer.megatron, optimizer.scheduler, ranks,
                 {
-                    "config": to_tree(config), "vocab_size": tokenizer.vocab_size,
+                    "config": to_tree(config), "vocab_size": num_ids,
                     "tokenizer_sha256": tokenizer.sha256, "consumed_samples": step * config.training.global_batch_size,
                     "loss_sums": loss_sums,
                 },
@@ -269,8 +346,9 @@ def describe_run(config: RunConfig, processes: int | None) -> str:
     _, table, _ = audit_blend(config)
     layout, training = config.parallel, config.training
     tokenizer = Tokenizer.load(_required(config.data.tokenizer, "data.tokenizer"))
+    num_ids = _num_ids(config, tokenizer)
     rows = padded_vocab_size(
-        tokenizer.vocab_size, config.model.make_vocab_size_divisible_by, layout.tensor_model_parallel_size
+        num_ids, config.model.make_vocab_size_divisible_by, layout.tensor_model_parallel_size
     )
     data_size = max((processes or layout.model_parallel_size) // layout.model_parallel_size, 1)
     memory = memory_by_stage(
@@ -282,13 +360,24 @@ def describe_run(config: RunConfig, processes: int | None) -> str:
     flops = flops_per_token(config.model, rows, config.data.seq_length)
     return (
         f"{to_yaml(config)}\n"
-        f"{num_parameters(config.model, rows):,} parameters ({rows:,} rows of vocabulary, {tokenizer.vocab_size:,} "
+        f"{num_parameters(config.model, rows):,} parameters ({rows:,} rows of vocabulary, {num_ids:,} "
         f"used); {flops / 1e9:.3g} GFLOP for each token, {flops * config.train_tokens / 1e15:.3g} PFLOP in all\n"
         f"{config.train_tokens:,} tokens in {training.train_steps:,} steps; "
         f"TP{layout.tensor_model_parallel_size} PP{layout.pipeline_model_parallel_size} on "
         f"{processes or 'as many as torchrun starts'} process(es), DP{data_size} assumed\n\n"
         f"{terminal.describe_memory(memory)}\n\n{table}"
     )
+
+
+def _num_ids(config: RunConfig, tokenizer: Any) -> int:
+    """Ids of the model; an imported one may have more than its tokenizer."""
+    stated = config.model.vocab_size
+    if stated is not None and stated < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={stated} is less than the {tokenizer.vocab_size} ids of {config.data.tokenizer}; leave "
+            "it out, or use the model's own tokenizer."
+        )
+    return int(tokenizer.vocab_size if stated is None else stated)
 
 
 def _required(path: str, setting: str) -> Path:
@@ -370,8 +459,17 @@ def convert_to_hf(source: Path, out: Path, *, dtype: str = "float32", tokenizer:
     return to_hf(checkpoint, out, tokenizer=tokenizer, dtype=dtype)
 
 
-def check_hf(source: Path, hf: Path) -> dict[str, Any]:
+def convert_from_hf(folder: Path, out: Path, *, dtype: str | None = None) -> Path:
+    """Write a checkpoint with the weights of a Hugging Face folder, to start training from; return it."""
+    from megatron_xalign.convert.from_hf import from_hf
+
+    return from_hf(folder, out, dtype=dtype)
+
+
+def check_hf(source: Path, hf: Path, *, record: bool = True) -> dict[str, Any]:
     """Compare a Hugging Face folder's logits with Megatron's on text of the run; return the comparison.
+
+    With ``record`` it is written into the Hugging Face folder.
 
     Raises:
         CheckpointError: they differ by more than the tolerance.
@@ -383,9 +481,10 @@ def check_hf(source: Path, hf: Path) -> dict[str, Any]:
     checkpoint = _checkpoint_of(source)
     config = from_tree(RunConfig, read_manifest(checkpoint)["extra"]["config"])
     with load_for_inference(checkpoint) as megatron_logits:
-        report = check(checkpoint, hf, _check_texts(config), megatron_logits)
+        report = check(checkpoint, hf, _check_texts(config, hf), megatron_logits)
     report.require()
-    write_json(hf / CHECK_FILE, {"checkpoint_manifest_sha256": _manifest_hash(checkpoint), **report.to_json()})
+    if record:
+        write_json(hf / CHECK_FILE, {"checkpoint_manifest_sha256": _manifest_hash(checkpoint), **report.to_json()})
     return report.to_json()
 
 
@@ -395,14 +494,19 @@ def is_converted(source: Path, hf: Path) -> bool:
     return path.is_file() and read_json(path)["checkpoint_manifest_sha256"] == _manifest_hash(_checkpoint_of(source))
 
 
-def _check_texts(config: RunConfig, most: int = 32) -> list[str]:
-    """Real text of every language to compare logits on: the run's probe sentences."""
+def _check_texts(config: RunConfig, hf: Path, most: int = 32) -> list[Any]:
+    """What to compare logits on: real text of every language, the run's probe; or, of a model without, token ids."""
     from megatron_xalign.data.documents import read_probe
 
-    if config.data.probe is None:
-        raise ConfigError("the run has no data.probe, so there is no text to compare on; convert with --no-check.")
-    pairs = list(itertools.islice(read_probe(config.data.probe), most // 2))
-    return [text for pair in pairs for text in pair.texts.values()]
+    if config.data.probe is not None:
+        pairs = list(itertools.islice(read_probe(config.data.probe), most // 2))
+        return [text for pair in pairs for text in pair.texts.values()]
+    import numpy as np
+
+    # Every id as likely as any other: more of the embedding is looked at than by text.
+    settings = read_json(hf / "config.json")
+    length = min(settings["max_position_embeddings"], 256)
+    return list(np.random.default_rng(0).integers(0, settings["vocab_size"], (most // 4, length)).tolist())
 
 
 def _manifest_hash(checkpoint: Path) -> str:

@@ -1,240 +1,386 @@
-"""Documents to token files: read, tokenise in batches, append.
+"""Corpus files to token files: plan, parts, join.
+
+The input is cut into parts by itself alone; workers read, filter and tokenise a part each and write it as a token file
+of its own; the join leaves duplicates out and puts the parts together in order. So the result does not depend on the
+number of workers, and a job that was killed does only what is missing when it is started again.
 
 Each side of a pair, and each piece of template text, is tokenised by itself, so the side boundary is exact and no token
 belongs to two languages. (With the default template the tokens are those of the whole text too: the split of our
 tokenizers never joins a line break to the word after it.)
 """
 
-# T tokens, D documents, S spans
-
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from tqdm import tqdm
 
-from megatron_xalign.data.documents import (
-    DEFAULT_TEMPLATE,
-    Direction,
-    Document,
-    OnError,
-    Reading,
-    parse_template,
-    read_monolingual,
-    read_pairs,
-    render_pair,
-)
-from megatron_xalign.data.tokenizer import Tokenizer
-from megatron_xalign.errors import CorpusError, FormatError
-from megatron_xalign.formats.atomic import sha256_of
-from megatron_xalign.formats.token_file import NO_LANGUAGE, Origin, TokenFileWriter, read_token_file
+from megatron_xalign.data.inputs import InputFile, Part, Reading, read_part
+from megatron_xalign.data.job import Job, Survey, holds, identity_of
+from megatron_xalign.data.job_settings import JobSettings
+from megatron_xalign.data.join import join_parts, sources_of
+from megatron_xalign.data.parts import PartMaker, check_skipped
+from megatron_xalign.data.work_folder import WorkFolder
+from megatron_xalign.data.workers import Done, WorkerPool, peak_memory_bytes
+from megatron_xalign.errors import FormatError
+from megatron_xalign.formats.atomic import read_json, remove_abandoned, write_json
+from megatron_xalign.formats.token_file import read_token_file, token_dtype
 from megatron_xalign.progress import progress_bar
 
 _LOG = logging.getLogger(__name__)
-# A batch is large enough to keep the tokenizer's threads busy and small enough not to matter in memory.
-_BATCH_CHARACTERS = 2_000_000
-_BATCH_DOCUMENTS = 4_000
 
-Pieces = list[tuple[str, str | None]]
+_LOG_FORMAT = "megatron-xalign preprocessing log"
+_SAMPLED_PARTS = 4
+_SAMPLED_BYTES = 1 << 19
 
 
-def preprocess_monolingual(
-    inputs: Sequence[str | Path],
-    prefix: str | Path,
-    tokenizer: Tokenizer,
-    language: str,
-    *,
-    text_key: str = "text",
-    on_error: OnError = "raise",
-) -> dict[str, Any]:
-    """Tokenise JSON lines of one language into a token file; every document ends in the end-of-document token.
+@dataclass(frozen=True)
+class Outcome:
+    """What a job made, and what it took."""
 
-    A finished file made from the same bytes with the same tokenizer and options is kept.
+    manifests: dict[str, dict[str, Any]]
+    """By prefix; one, but for a job that splits by language."""
+    figures: dict[str, Any] | None
+    """``seconds, workers, parts, parts_kept, text_bytes, tokens, megabytes_per_second, tokens_per_second,
+    peak_memory_bytes`` (of all processes together) of this run; None where finished files were kept."""
+
+
+def preprocess(settings: JobSettings) -> dict[str, Any]:
+    """Make a token file of corpus files.
+
+    A finished file made from the same bytes with the same tokenizer and settings is kept; another one of that name is
+    replaced when the new one is whole. A job that was stopped, in whatever way, continues where it was.
 
     Args:
-        inputs: files, read in this order.
-        prefix: token file to write.
-        tokenizer: the tokenizer.
-        language: code of the inputs' language.
-        text_key: key of the text in each line.
-        on_error: what to do with malformed lines.
+        settings: what to do; not splitting by language (:func:`run_job` does that).
 
     Returns:
-        The manifest; its ``counts`` say how many documents were read, written, empty and malformed.
+        The manifest; its ``counts`` say what was read, written and left out, and why.
 
     Raises:
+        ConfigError: settings contradict one another, or another job is writing the file.
         CorpusError: an input is missing, malformed (with ``on_error="raise"``) or holds no text.
+        FormatError: the tokenizer cannot be used, or a file cannot be written.
+        WorkerError: a worker process was killed.
     """
+    if settings.split_by_language:
+        raise ValueError("a job that splits by language makes several token files; call run_job.")
+    (manifest,) = run_job(settings).manifests.values()
+    return manifest
 
-    def read(path: Path, reading: Reading) -> Iterator[Document]:
-        return read_monolingual(path, language, text_key=text_key, on_error=on_error, reading=reading)
 
-    return _preprocess(
-        inputs, prefix, tokenizer, "monolingual", [language], read,
-        lambda document: [(text, code) for code, text in document.texts.items()],
-        {"text_key": text_key, "on_error": on_error, "template": None, "direction": None},
+def run_job(settings: JobSettings) -> Outcome:
+    """Do a whole job on this machine; see :func:`preprocess`."""
+    started = time.monotonic()
+    survey = Survey.make(settings)
+    kept = kept_files(survey)
+    folder = WorkFolder(settings.work_folder)
+    if kept is not None:
+        _LOG.info("%s is up to date with its inputs, tokenizer and settings; kept.", settings.output_prefix)
+        if folder.path.is_dir():
+            # The job before was killed when all but tidying up was done.
+            with folder.hold():
+                folder.remove_all()
+        log = _read_log(settings)
+        if log.get("inputs") != [identity_of(file) for file in survey.inputs]:
+            # Read once to see that nothing changed; the next time that is known without.
+            _write_log(settings, survey.inputs, kept, log.get("figures"))
+        return Outcome(kept, None)
+    with folder.hold():
+        if _is_there(settings):
+            _LOG.info(
+                "%s is there, made from other input or settings; it is replaced when the new one is whole.",
+                settings.output_prefix,
+            )
+        with _tidy(folder):
+            job = Job.plan(settings, survey)
+            del survey  # The tokenizer is not needed here any more, and may be large.
+            job.prepare()
+            return finish_job(job, do_parts(job), started)
+
+
+def finish_job(job: Job, figures: Mapping[str, Any], started: float | None = None) -> Outcome:
+    """Join the parts, all done; hold the work folder meanwhile.
+
+    Args:
+        job: the job.
+        figures: of :func:`do_parts`, if this process did some.
+        started: when the job began, by ``time.monotonic``.
+    """
+    manifests = join_parts(job)
+    figures = dict(figures)
+    if started is not None:
+        figures["seconds"] = round(time.monotonic() - started, 3)
+    if figures:
+        figures["peak_memory_bytes"] = max(figures["peak_memory_bytes"], peak_memory_bytes())
+    figures["tokens"] = sum(manifest["tokens"] for manifest in manifests.values())
+    _write_log(job.settings, [file for part in job.parts for file in part.files], manifests, figures)
+    return Outcome(manifests, figures)
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def do_parts(job: Job, wanted: Sequence[int] | None = None) -> dict[str, Any]:
+    """Do parts that are missing, in as many processes as the settings say; hold the work folder meanwhile.
+
+    Args:
+        job: the job.
+        wanted: which; all, if left out.
+
+    Returns:
+        ``workers, parts, parts_kept, text_bytes, megabytes_per_second, tokens_per_second, peak_memory_bytes`` (the sum
+        over all processes).
+
+    Raises:
+        XAlignError: a worker failed, or was killed; the others are stopped.
+    """
+    settings = job.settings
+    indices = list(range(job.num_parts) if wanted is None else wanted)
+    missing = [index for index in indices if job.finished(index) is None]
+    # Long ones first, so that no worker is left alone with one at the end.
+    missing.sort(key=lambda index: -job.parts[index].num_bytes)
+    num_workers = min(settings.num_workers(), len(missing))
+    total = sum(job.parts[index].num_bytes for index in indices)
+    todo = sum(job.parts[index].num_bytes for index in missing)
+    started = time.monotonic()
+    peaks: dict[int, int] = {}
+    text_bytes = malformed = 0
+    with progress_bar(total, f"tokenise {Path(settings.output_prefix).name}", "B", initial=total - todo) as bar:
+        display = _Display(bar, job.parts)
+        parts = _with_workers(job, missing, num_workers, display) if num_workers > 1 else _here(job, missing, display)
+        for done in parts:
+            display.finish(done.record)
+            peaks[done.worker] = done.peak_memory_bytes
+            text_bytes += done.record["counts"]["text_bytes"]
+            malformed += done.record["counts"]["malformed"]
+            check_skipped(malformed, done.record["examples"], settings.max_skipped)
+    seconds = max(time.monotonic() - started, 1e-9)
+    if num_workers > 1:
+        peaks[-1] = peak_memory_bytes()
+    return {
+        "workers": max(num_workers, 1), "parts": len(indices), "parts_kept": len(indices) - len(missing),
+        "text_bytes": text_bytes, "megabytes_per_second": round(text_bytes / seconds / 1e6, 3),
+        "tokens_per_second": round(display.tokens / seconds), "peak_memory_bytes": sum(peaks.values()),
+    }
+
+
+def _here(job: Job, missing: Sequence[int], display: _Display) -> Iterator[Done]:
+    """Do parts in this process."""
+    maker = PartMaker(job)
+    for index in missing:
+        record = maker.make(index, lambda progress: display.show({0: progress._asdict()}))
+        yield Done(record, peak_memory_bytes(), 0)
+
+
+def _with_workers(job: Job, missing: Sequence[int], num_workers: int, display: _Display) -> Iterator[Done]:
+    with WorkerPool(job.folder.path, num_workers) as pool:
+        yield from pool.run(missing, lambda index: name_of(job.parts[index]), display.show)
+
+
+def name_of(part: Part) -> str:
+    """A part as a person knows it: its file, and from where to where."""
+    first, last = part.pieces[0], part.pieces[-1]
+    names = " and ".join(str(file.path) for file in first.files)
+    if len(part.pieces) > 1:
+        return f"{names} ... {last.files[-1].path} ({len(part.pieces)} files)"
+    return names if first.unit == "file" else f"{names} ({first.unit} {first.begin:,} to {first.end:,})"
+
+
+class _Display:
+    """Adds up how far the workers are, and shows it."""
+
+    def __init__(self, bar: tqdm, parts: Sequence[Part]) -> None:
+        self._bar = bar
+        self._parts = parts
+        self._begun = int(bar.n)
+        self._total = int(bar.total or 0)
+        self._started = time.monotonic()
+        self.documents = 0
+        self.tokens = 0
+        """Of the parts done now."""
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """A part is done."""
+        self._begun += self._parts[record["part"]].num_bytes
+        self.documents += sum(output["documents"] for output in record["outputs"].values())
+        self.tokens += sum(output["tokens"] for output in record["outputs"].values())
+        self.show({})
+
+    def show(self, current: Mapping[int, Mapping[str, int]]) -> None:
+        """Show the parts done and how far those in progress are."""
+        bytes_read = self._begun + sum(progress["bytes_read"] for progress in current.values())
+        documents = self.documents + sum(progress["documents"] for progress in current.values())
+        tokens = self.tokens + sum(progress["tokens"] for progress in current.values())
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        self._bar.set_postfix_str(f"{documents:,} docs, {tokens / seconds / 1e6:.2f} M tokens/s", refresh=False)
+        # A part that is done counts less than when it was in progress if what was read is not all of it.
+        self._bar.update(max(0, min(bytes_read, self._total) - self._bar.n))
+
+
+@contextmanager
+def _tidy(folder: WorkFolder) -> Iterator[None]:
+    """If the job fails, remove what was begun; what is done stays for the next time."""
+    try:
+        yield
+    except BaseException:
+        remove_abandoned(folder.path)
+        if any(folder.path.glob("part-*.json")):
+            _LOG.info("what is done is kept in %s; the same command continues there.", folder.path)
+        else:
+            folder.remove_all()
+        raise
+
+
+# --- finished files ---------------------------------------------------------------------------------------------------
+
+
+def _log_path(settings: JobSettings) -> Path:
+    return Path(f"{settings.output_prefix}.log.json")
+
+
+def _read_log(settings: JobSettings) -> dict[str, Any]:
+    """What is known of the run that made the files, beyond their manifests; ``{}`` if nothing."""
+    try:
+        log = read_json(_log_path(settings))
+    except FormatError:
+        return {}
+    return log if isinstance(log, dict) and log.get("format") == _LOG_FORMAT else {}
+
+
+def _write_log(
+    settings: JobSettings, inputs: Sequence[InputFile], prefixes: Sequence[str] | Mapping[str, Any],
+    figures: Mapping[str, Any] | None,
+) -> None:
+    """Write down what is not the same every time and therefore in no manifest."""
+    write_json(
+        _log_path(settings),
+        {
+            "format": _LOG_FORMAT, "outputs": list(prefixes), "figures": figures,
+            "inputs": [identity_of(file) for file in dict.fromkeys(inputs)],
+        },
     )
 
 
-def preprocess_pairs(
-    inputs: Sequence[str | Path],
-    prefix: str | Path,
-    tokenizer: Tokenizer,
-    languages: Sequence[str],
-    *,
-    template: str = DEFAULT_TEMPLATE,
-    direction: Direction = "random",
-    seed: int = 0,
-    texts_key: str = "texts",
-    on_error: OnError = "raise",
-) -> dict[str, Any]:
-    """Tokenise JSON lines of pairs into a token file, one pair a document.
+def _prefixes(settings: JobSettings, log: Mapping[str, Any]) -> list[str]:
+    if not settings.split_by_language:
+        return [settings.output_prefix]
+    outputs = log.get("outputs")
+    return [name for name in outputs if isinstance(name, str)] if isinstance(outputs, list) else []
 
-    Args:
-        inputs: files, read in this order.
-        prefix: token file to write.
-        tokenizer: the tokenizer.
-        languages: the two codes; ``forward`` makes the first the source.
-        template: text around ``{source}`` and ``{target}``.
-        direction: which language comes first: ``forward``, ``backward``, or ``random`` pair by pair.
-        seed: of ``random``.
-        texts_key: key of the texts in each line.
-        on_error: what to do with malformed lines.
+
+def _is_there(settings: JobSettings) -> bool:
+    return any(Path(f"{prefix}.manifest.json").exists() for prefix in _prefixes(settings, _read_log(settings)))
+
+
+def kept_files(survey: Survey) -> dict[str, dict[str, Any]] | None:
+    """The manifests, by prefix, of finished, readable files made by the same recipe from the same bytes; or None."""
+    settings, log = survey.settings, _read_log(survey.settings)
+    manifests = {}
+    for prefix in _prefixes(settings, log):
+        try:
+            manifest = read_token_file(prefix, check="sizes").manifest
+        except FormatError:
+            return None
+        if manifest.get("recipe") != survey.recipe or not _allows(settings, manifest["counts"]["malformed_lines"]):
+            return None
+        manifests[prefix] = manifest
+    if not manifests:
+        return None
+    described, seen = next(iter(manifests.values()))["inputs"], log.get("inputs")
+    return manifests if _are_same(survey.inputs, described, seen if isinstance(seen, list) else []) else None
+
+
+def _allows(settings: JobSettings, malformed: int) -> bool:
+    """Whether a job may leave so many malformed lines out."""
+    if settings.on_error == "raise":
+        return malformed == 0
+    return settings.max_skipped is None or malformed <= settings.max_skipped
+
+
+def _are_same(inputs: Sequence[InputFile], described: Sequence[Mapping[str, Any]], seen: Sequence[Any]) -> bool:
+    """Whether input files are those a manifest describes: by size and time, or else by content."""
+    def is_alike(file: InputFile, entry: Mapping[str, Any]) -> bool:
+        facts = (file.num_bytes, file.format, file.language)
+        return facts == (entry["bytes"], entry["format"], entry.get("language"))
+
+    if len(inputs) != len(described) or not all(map(is_alike, inputs, described)):
+        return False
+    known = seen if len(seen) == len(inputs) else [None] * len(inputs)
+    return all(
+        identity_of(file) == identity or holds(file.path, sources_of(entry))
+        for file, entry, identity in zip(inputs, described, known, strict=True)
+    )
+
+
+# --- dry run ----------------------------------------------------------------------------------------------------------
+
+
+def describe_plan(settings: JobSettings) -> dict[str, Any]:
+    """Say what a job would do, and about what it would take; touches nothing.
 
     Returns:
-        The manifest.
+        ``inputs, parts, languages, tokenizer, engine, sentences, workers, is_finished, parts_done, estimate``; the
+        estimate (``text_bytes, tokens, output_bytes, seconds``) is made from some parts of the input.
 
     Raises:
-        CorpusError: an input is missing, malformed (with ``on_error="raise"``) or holds no pair.
-        ConfigError: the template is malformed.
+        As :func:`preprocess` before it reads.
     """
-    parse_template(template)
-    first, second = languages
+    from megatron_xalign.data.engines import engine_named
 
-    def read(path: Path, reading: Reading) -> Iterator[Document]:
-        return read_pairs(path, (first, second), texts_key=texts_key, on_error=on_error, reading=reading)
-
-    def render(document: Document) -> Pieces:
-        return render_pair(document, template, direction, seed)
-
-    options = {
-        "texts_key": texts_key, "on_error": on_error, "template": template, "direction": direction,
-        "seed": seed if direction == "random" else None,
+    survey = Survey.make(settings)
+    job = Job.plan(settings, survey)
+    engine = engine_named(survey.tokenizer, job.engine["name"])
+    text_bytes = tokens = documents = bytes_read = 0
+    seconds = 0.0
+    for number in range(min(_SAMPLED_PARTS, job.num_parts)):
+        part = job.parts[job.num_parts * number // min(_SAMPLED_PARTS, job.num_parts)]
+        reading = Reading()
+        for batch in read_part(part, settings.fields, on_error="skip", reading=reading, batch_bytes=_SAMPLED_BYTES):
+            texts = [*batch.texts, *(batch.others or ())]
+            started = time.perf_counter()
+            ids, _ = engine.encode_flat(texts)
+            seconds += time.perf_counter() - started
+            tokens += ids.size
+            documents += len(batch.texts)
+            text_bytes += sum(map(len, map(str.encode, texts)))
+            break
+        bytes_read += reading.bytes_read
+    total = sum(part.num_bytes for part in job.parts)
+    scale = total / max(bytes_read, 1)
+    workers = min(settings.num_workers(), job.num_parts)
+    itemsize = token_dtype(survey.tokenizer.vocab_size).itemsize
+    # A document takes 20 bytes in .idx and, with its end, two spans of 9 bytes in .spans; a pair four.
+    each = 20 + 9 * (4 if settings.is_pairs else 2)
+    return {
+        "output_prefix": settings.output_prefix,
+        "inputs": [
+            {
+                "path": str(file.path), "format": file.format, "compression": file.compression, "bytes": file.num_bytes,
+                "language": file.language,
+            }
+            for file in survey.inputs
+        ],
+        "parts": job.num_parts,
+        "languages": list(job.languages) if job.languages is not None else None,
+        "tokenizer": {
+            "path": str(settings.tokenizer), "kind": survey.tokenizer.kind, "sha256": survey.tokenizer.sha256,
+            "vocab_size": survey.tokenizer.vocab_size, "eod": survey.tokenizer.eod,
+        },
+        "engine": dict(job.engine),
+        "sentences": dict(job.sentences) or None,
+        "workers": workers,
+        "is_finished": kept_files(survey) is not None,
+        "parts_done": len(job.finished_parts()),
+        "estimate": {
+            "text_bytes": round(text_bytes * scale), "tokens": round(tokens * scale),
+            "output_bytes": round((tokens + documents) * scale * itemsize + documents * scale * each),
+            "seconds": round(seconds * scale / max(workers, 1), 1),
+        },
     }
-    return _preprocess(inputs, prefix, tokenizer, "parallel", [first, second], read, render, options)
-
-
-def _preprocess(
-    inputs: Sequence[str | Path],
-    prefix: str | Path,
-    tokenizer: Tokenizer,
-    origin: Origin,
-    languages: list[str],
-    read: Callable[[Path, Reading], Iterator[Document]],
-    render: Callable[[Document], Sequence[tuple[str, str | None]]],
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    paths = [Path(path) for path in inputs]
-    if not paths:
-        raise ValueError("inputs is empty.")
-    described = [_describe(path) for path in paths]
-    # What decides the bytes; not where the input lies, so that a moved folder is not tokenised again.
-    recipe = {
-        "inputs": [{"sha256": item["sha256"], "bytes": item["bytes"]} for item in described],
-        "tokenizer": tokenizer.sha256, "origin": origin, "languages": languages, **options,
-    }
-    kept = _kept(prefix, recipe)
-    if kept is not None:
-        _LOG.info("%s is up to date with its inputs and tokenizer; kept.", prefix)
-        return kept
-    reading = Reading()
-    counts: Counter[str] = Counter()
-    total = sum(item["bytes"] for item in described)
-    with (
-        progress_bar(total, f"tokenise {Path(prefix).name}", "B") as bar,
-        TokenFileWriter(prefix, tokenizer=tokenizer, origin=origin, languages=languages) as writer,
-    ):
-        documents = chain.from_iterable(read(path, reading) for path in paths)
-        for batch in _batches(documents, render, counts):
-            _append(writer, tokenizer, batch)
-            bar.update(reading.bytes_read - bar.n)
-        bar.update(total - bar.n)
-        if not writer.documents:
-            raise CorpusError(
-                f"{', '.join(map(str, paths))}: no document with text ({reading.documents} read, "
-                f"{counts['empty']} empty, {reading.skipped.total()} lines left out)."
-            )
-        return writer.finish(
-            template=options["template"],
-            direction=options["direction"],
-            inputs=described,
-            counts={
-                "read": reading.documents, "written": writer.documents, "empty": counts["empty"],
-                "skipped_lines": dict(sorted(reading.skipped.items())),
-            },
-            recipe=recipe,
-        )
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CorpusError(f"{path} does not exist or is not a file.")
-    return {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def _kept(prefix: str | Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a finished, readable file made by the same recipe."""
-    try:
-        manifest = read_token_file(prefix).manifest
-    except FormatError:
-        return None
-    return manifest if manifest.get("recipe") == recipe else None
-
-
-def _batches(
-    documents: Iterator[Document], render: Callable[[Document], Sequence[tuple[str, str | None]]], counts: Counter[str]
-) -> Iterator[list[Sequence[tuple[str, str | None]]]]:
-    """Rendered documents in batches; a document with an empty text is counted and left out."""
-    batch: list[Sequence[tuple[str, str | None]]] = []
-    characters = 0
-    for document in documents:
-        if not all(text.strip() for text in document.texts.values()):
-            counts["empty"] += 1
-            continue
-        pieces = render(document)
-        batch.append(pieces)
-        characters += sum(len(text) for text, _ in pieces)
-        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _append(writer: TokenFileWriter, tokenizer: Tokenizer, batch: list[Sequence[tuple[str, str | None]]]) -> None:
-    """Tokenise rendered documents and append them, each with its end-of-document token."""
-    index_of: dict[str | None, int] = {code: index for index, code in enumerate(writer.languages)}
-    index_of[None] = NO_LANGUAGE
-    encoded = iter(tokenizer.encode([text for pieces in batch for text, _ in pieces]))
-    end = np.array([tokenizer.eod], dtype=np.int32)
-    tokens, sizes, languages, lengths = [], [], [], []
-    for pieces in batch:
-        length = 1
-        for _, code in pieces:
-            ids = next(encoded)
-            # A normalising tokenizer may leave nothing of a piece; an empty span would be malformed.
-            if ids.size:
-                tokens.append(ids)
-                sizes.append(ids.size)
-                languages.append(index_of[code])
-                length += ids.size
-        tokens.append(end)
-        sizes.append(1)
-        languages.append(NO_LANGUAGE)
-        lengths.append(length)
-    writer.add_documents(np.concatenate(tokens), np.array(lengths), np.cumsum(sizes), np.array(languages))
