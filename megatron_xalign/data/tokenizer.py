@@ -1,304 +1,252 @@
-"""Train a tokenizer on the corpus, load it again, and count how many tokens it takes per word.
+"""Load a tokenizer of any of three kinds, and turn text into ids and back.
 
-A tokenizer is a folder: ``tokenizer.json`` (Hugging Face ``tokenizers``), ``manifest.json`` (its hash, size,
-end-of-document id and fertility) and the two small files that ``transformers.AutoTokenizer`` wants.
+* ``tokenizers``: a ``tokenizer.json``, or the Hugging Face folder that holds one;
+* ``sentencepiece``: a ``.model``, or the folder of one;
+* ``tiktoken``: a rank file (``.tiktoken``, or Megatron-LM's ``.json`` list) with a named split pattern.
+
+Nothing is downloaded. Which kind a file is, its content decides.
 """
 
 from __future__ import annotations
 
-import heapq
-import json
-import random
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 
-from megatron_xalign import __version__
-from megatron_xalign.errors import ConfigError, CorpusError, FormatError
-from megatron_xalign.formats.atomic import read_json, sha256_of, whole_folder, write_json
-from megatron_xalign.formats.token_file import check_same_tokenizer
-from megatron_xalign.progress import track
-
-if TYPE_CHECKING:
-    import tokenizers
-
-__all__ = ["END_OF_DOCUMENT", "Tokenizer", "check_same_tokenizer", "train_tokenizer"]
-
-END_OF_DOCUMENT = "<|endoftext|>"
-"""Ends every document; id 0 in tokenizers trained here."""
-SMALLEST_VOCABULARY = 257
-"""256 bytes and the end of document."""
-
-# Where a ready-made tokenizer.json does not say which token ends a document.
-_USUAL_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
-# The split of Llama 3 (words with the one character before them, digits in threes), but for one thing: there a line
-# break joins the punctuation before it. Here it stands apart, so the sides of a pair, tokenised each by itself around a
-# line break, have the tokens that the whole text has, and a prompt "source.\\n" ends in tokens seen in training.
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+from megatron_xalign.data.tiktoken_file import TiktokenSettings, looks_like_ranks, read_ranks, settings_of
+from megatron_xalign.data.tokenizer_models import (
+    Kind,
+    SentencePieceModel,
+    TiktokenModel,
+    TokenizersModel,
+    TokenModel,
+    UnencodableTextError,
 )
-_FORMAT = "megatron-xalign tokenizer"
+from megatron_xalign.data.tokenizer_training import (
+    END_OF_DOCUMENT,
+    MANIFEST_FORMAT,
+    SMALLEST_VOCABULARY,
+    train_tokenizer,
+)
+from megatron_xalign.errors import ConfigError, FormatError
+from megatron_xalign.formats.atomic import read_json
+from megatron_xalign.formats.token_file import check_same_tokenizer
+
+__all__ = [
+    "END_OF_DOCUMENT",
+    "SMALLEST_VOCABULARY",
+    "TiktokenSettings",
+    "Tokenizer",
+    "UnencodableTextError",
+    "check_same_tokenizer",
+    "train_tokenizer",
+]
+
+# Where nothing says which token ends a document.
+_USUAL_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+_MODEL_NAMES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_SPECIAL_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
-    """A tokenizer ready for use: text to ids and back."""
+    """A tokenizer ready for use: text to ids and back.
 
-    def __init__(self, engine: tokenizers.Tokenizer, eod: int, sha256: str, path: Path) -> None:
-        # Text that spells a special token is text: a document must not be able to end itself.
-        engine.encode_special_tokens = True
-        self._engine = engine
+    It can be pickled: the process that unpickles it reads the file again, and refuses a changed one.
+    """
+
+    def __init__(
+        self, model: TokenModel, *, path: Path, sha256: str, end_of_document: str, options: dict[str, Any],
+        arguments: dict[str, Any],
+    ) -> None:
+        eod = model.id_of(end_of_document)
+        if eod is None:
+            raise FormatError(f"{path} has no token {end_of_document} to end a document with; name its own.")
+        self.model = model
+        """What its library made of the file."""
+        self.kind: Kind = model.kind
+        """``tokenizers``, ``sentencepiece`` or ``tiktoken``."""
         self.eod = eod
         """Id of the end-of-document token."""
+        self.eod_token = end_of_document
+        """Its name."""
         self.sha256 = sha256
-        """Hash of ``tokenizer.json``."""
+        """Hash of what decides the ids: the file, and for ranks also pattern and special tokens."""
         self.path = path
-        """The ``tokenizer.json`` it was read from."""
-        self.vocab_size: int = max(engine.get_vocab(with_added_tokens=True).values()) + 1
+        """The file it was read from."""
+        self.vocab_size = model.vocab_size
         """One more than the largest id."""
+        self.options = options
+        """Options that change the ids of a text but not what an id means; part of a job's recipe, beside ``sha256``."""
+        self._arguments = arguments
 
     @classmethod
-    def load(cls, path: str | Path, end_of_document: str | None = None) -> Tokenizer:
-        """Load a folder written by :func:`train_tokenizer`, or any ``tokenizer.json``.
+    def load(
+        cls,
+        path: str | Path,
+        end_of_document: str | None = None,
+        *,
+        parse_special_tokens: bool = False,
+        add_special_tokens: bool = False,
+        tiktoken: TiktokenSettings | None = None,
+    ) -> Tokenizer:
+        """Load a tokenizer from a file or folder.
+
+        Megatron-LM's ``tools/preprocess_data.py`` gives the ids of these options. ``HuggingFaceTokenizer``: both true
+        (core 0.17 and later, and 0.16 with ``--tokenizer-hf-include-special-tokens`` or ``--legacy-tokenizer``);
+        ``parse_special_tokens`` alone (0.16 by default, later with ``--tokenizer-hf-no-include-special-tokens``).
+        SentencePiece: neither (0.16's ``--legacy-tokenizer`` adds the first piece for ``Llama2Tokenizer``).
+        ``TikTokenizer``: ``parse_special_tokens``.
 
         Args:
-            path: folder or file.
-            end_of_document: token that ends a document; of our folders it is known, of others it is guessed from the
-                usual names.
+            path: ``tokenizer.json``, ``.model``, rank file, or a folder that holds one of them.
+            end_of_document: token that ends a document; otherwise the one our manifest, the folder's
+                ``tokenizer_config.json`` or ``special_tokens_map.json`` (``eos_token``) or the model itself names, or
+                the first of the usual names that exists.
+            parse_special_tokens: text that spells a special token becomes that token. By default it stays text: a
+                document must not be able to end itself.
+            add_special_tokens: put around every text what the tokenizer puts around a prompt.
+            tiktoken: what a rank file does not tell; otherwise the file's name or a ``NAME.json`` beside it says.
 
         Raises:
             FormatError: missing, unreadable, changed since its manifest was written, or without such a token.
+            ConfigError: its library is not installed, or an option does not fit its kind.
         """
-        import tokenizers
-
-        path = Path(path)
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            raise FormatError(f"{file} does not exist; name a tokenizer.json or the folder that holds one.")
-        sha256 = sha256_of(file)
-        try:
-            engine = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise FormatError(f"{file} is not a tokenizer of the tokenizers library: {error}.") from None
-        manifest_path = file.with_name("manifest.json")
-        if manifest_path.exists():
-            manifest = _read_tokenizer_manifest(manifest_path)
-            if manifest["sha256"] != sha256:
-                raise FormatError(
-                    f"{file} has SHA-256 {sha256}; its manifest says {manifest['sha256']}. It was changed after it was "
-                    "trained: token files made with it no longer fit."
+        arguments = {
+            "end_of_document": end_of_document, "parse_special_tokens": parse_special_tokens,
+            "add_special_tokens": add_special_tokens, "tiktoken": tiktoken,
+        }
+        file = _find_file(Path(path))
+        data = file.read_bytes()
+        sha256 = hashlib.sha256(data).hexdigest()
+        config = _read_config(file.parent)
+        if looks_like_ranks(data):
+            settings = tiktoken or settings_of(file)
+            if add_special_tokens:
+                raise ConfigError(f"{file} holds ranks; there is nothing that add_special_tokens could add.")
+            ids = settings.shifted(read_ranks(data, file))
+            model: TokenModel = TiktokenModel(
+                ids, settings.split, settings.special_ids(ids), parse_special_tokens=parse_special_tokens
+            )
+            sha256 = settings.sha256(sha256)
+            named = end_of_document or settings.end_of_document
+            options: dict[str, Any] = {"parse_special_tokens": parse_special_tokens}
+        elif data.lstrip()[:1] == b"{":
+            marked = [config[role] for role in _SPECIAL_ROLES if role in config] if parse_special_tokens else []
+            model = _read_tokenizers(
+                file, data, parse_special_tokens=parse_special_tokens, add_special_tokens=add_special_tokens,
+                special_tokens=marked,
+            )
+            named = end_of_document or _own_end(file, sha256) or config.get("eos_token")
+            options = {"parse_special_tokens": parse_special_tokens, "add_special_tokens": add_special_tokens}
+            if marked:
+                options["special_tokens"] = sorted(set(marked))
+        else:
+            if parse_special_tokens:
+                raise ConfigError(
+                    f"{file} is a SentencePiece model: its control pieces never come from text, in Megatron-LM "
+                    "neither; leave parse_special_tokens out."
                 )
-            end_of_document = end_of_document or manifest["eod_token"]
-        names = (end_of_document,) if end_of_document else _USUAL_ENDS
-        eod = next((found for name in names if (found := engine.token_to_id(name)) is not None), None)
-        if eod is None:
-            raise FormatError(f"{file} has no token {' or '.join(names)} to end a document with; name its own.")
-        return cls(engine, eod, sha256, file)
+            model = _read_sentencepiece(file, data, add_special_tokens=add_special_tokens)
+            named = end_of_document or config.get("eos_token") or model.name_of(model.processor.eos_id())
+            options = {"add_special_tokens": add_special_tokens}
+        ends = (named,) if named else _USUAL_ENDS
+        end = next((name for name in ends if model.id_of(name) is not None), None)
+        if end is None:
+            raise FormatError(f"{file} has no token {' or '.join(ends)} to end a document with; name its own.")
+        return cls(model, path=file, sha256=sha256, end_of_document=end, options=options, arguments=arguments)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32 [T_i], without special tokens; many texts at once use all cores."""
-        encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        """Token ids of each text, int32 [T_i]; many texts at once use all cores."""
+        ids_T, lengths_N = self.model.encode_flat(texts)
+        return np.split(ids_T, np.cumsum(lengths_N)[:-1]) if lengths_N.size else []
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """The text of token ids; special tokens show as their names."""
-        return self._engine.decode([int(token) for token in ids], skip_special_tokens=False)
+        return self.model.decode([int(token) for token in ids])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load_again, (str(self.path), self._arguments | {"end_of_document": self.eod_token}, self.sha256)
 
 
-def train_tokenizer(
-    texts_by_language: Mapping[str, Iterable[str]],
-    out: str | Path,
-    vocab_size: int,
-    *,
-    model: Literal["bpe", "unigram"] = "bpe",
-    balance: float = 0.3,
-    max_bytes_per_language: int = 200_000_000,
-    seed: int = 0,
-) -> Path:
-    """Train a byte-level tokenizer, in which every text has a spelling, and write its folder.
-
-    Args:
-        texts_by_language: texts of each language code.
-        out: folder to write, whole or not at all; one already there is replaced.
-        vocab_size: ids wanted, at least 257; a small corpus may give fewer.
-        model: ``bpe`` (merges of frequent neighbours) or ``unigram`` (most likely pieces), both over bytes.
-        balance: a language weighs bytes ** balance: 1 as the corpus has it, 0 all the same.
-        max_bytes_per_language: texts are drawn at random down to this much.
-        seed: of that draw and of the order.
-
-    Returns:
-        ``out``.
-
-    Raises:
-        ConfigError: the vocabulary is too small.
-        CorpusError: a language has no text.
-    """
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Engine
-
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise ConfigError(f"vocab_size={vocab_size} is below {SMALLEST_VOCABULARY}: 256 bytes and the end of document.")
-    if model not in ("bpe", "unigram"):
-        raise ConfigError(f"model={model} is neither bpe nor unigram.")
-    if not 0.0 <= balance <= 1.0:
-        raise ConfigError(f"balance={balance} is outside [0, 1].")
-    if not texts_by_language:
-        raise ValueError("texts_by_language is empty.")
-    samples = {
-        language: _sample(track(texts, f"read {language}", " texts"), max_bytes_per_language, seed)
-        for language, texts in texts_by_language.items()
-    }
-    sizes = {language: _num_bytes(texts) for language, texts in samples.items()}
-    for language, size in sizes.items():
-        if not size:
-            raise CorpusError(f"there is no {language} text to train a tokenizer on.")
-    training_texts, shares = _balanced(samples, sizes, balance, seed)
-
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    engine = Engine(models.BPE() if model == "bpe" else models.Unigram())
-    engine.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    engine.decoder = decoders.ByteLevel()
-    options: dict[str, Any] = {
-        "vocab_size": vocab_size, "special_tokens": [END_OF_DOCUMENT], "initial_alphabet": sorted(alphabet),
-        "show_progress": False,
-    }
-    trainer = trainers.BpeTrainer(**options) if model == "bpe" else trainers.UnigramTrainer(**options)
-    engine.train_from_iterator(
-        track(training_texts, f"train {model} tokenizer", " texts", len(training_texts)), trainer, len(training_texts)
-    )
-    if model == "unigram":
-        engine.model = _same_every_time(engine)
-    with whole_folder(out) as folder:
-        engine.save(str(folder / "tokenizer.json"))
-        trained = Tokenizer.load(folder / "tokenizer.json", END_OF_DOCUMENT)
-        write_json(
-            folder / "tokenizer_config.json",
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "eos_token": END_OF_DOCUMENT,
-                "pad_token": END_OF_DOCUMENT,
-                "clean_up_tokenization_spaces": False,
-            },
+def _load_again(path: str, arguments: dict[str, Any], sha256: str) -> Tokenizer:
+    tokenizer = Tokenizer.load(path, **arguments)
+    if tokenizer.sha256 != sha256:
+        raise FormatError(
+            f"{path} was changed while a job was using it: its hash was {sha256}, now {tokenizer.sha256}."
         )
-        write_json(folder / "special_tokens_map.json", {"eos_token": END_OF_DOCUMENT, "pad_token": END_OF_DOCUMENT})
-        write_json(
-            folder / "manifest.json",
-            {
-                "format": _FORMAT,
-                "version": 1,
-                "model": model,
-                "sha256": trained.sha256,
-                "vocab_size": trained.vocab_size,
-                "asked_vocab_size": vocab_size,
-                "eod": trained.eod,
-                "eod_token": END_OF_DOCUMENT,
-                "balance": balance,
-                "seed": seed,
-                "languages": {
-                    language: {"share_of_training_bytes": shares[language], **fertility(trained, texts)}
-                    for language, texts in samples.items()
-                },
-                "package_version": __version__,
-            },
+    return tokenizer
+
+
+def _find_file(path: Path) -> Path:
+    """The file a path means."""
+    if not path.is_dir():
+        if not path.is_file():
+            raise FormatError(f"{path} does not exist; name a tokenizer.json, a .model, a .tiktoken file or a folder.")
+        return path
+    candidates = [path / name for name in ("tokenizer.json", *_MODEL_NAMES)]
+    ranks = sorted(path.glob("*.tiktoken"))
+    found = next((file for file in candidates if file.is_file()), ranks[0] if len(ranks) == 1 else None)
+    if found is None:
+        raise FormatError(
+            f"{path / 'tokenizer.json'} does not exist, nor {', '.join(_MODEL_NAMES)} or one .tiktoken file beside it; "
+            "name the folder or file of a tokenizer. (A vocab.json with merges.txt becomes a tokenizer.json by "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers.)"
         )
-    return Path(out)
+    return found
 
 
-def fertility(tokenizer: Tokenizer, texts: Sequence[str], max_texts: int = 10_000) -> dict[str, Any]:
-    """How finely a tokenizer cuts texts: tokens per word (of whitespace) and per character.
-
-    Args:
-        tokenizer: the tokenizer.
-        texts: some texts of one language; the first ``max_texts`` are counted.
-        max_texts: bounds the time.
-
-    Returns:
-        ``texts, words, characters, tokens, tokens_per_word, tokens_per_character``.
-    """
-    texts = texts[:max_texts]
-    words = sum(len(text.split()) for text in texts)
-    characters = sum(map(len, texts))
-    tokens = sum(ids.size for ids in tokenizer.encode(texts))
-    return {
-        "texts": len(texts),
-        "words": words,
-        "characters": characters,
-        "tokens": tokens,
-        "tokens_per_word": round(tokens / max(words, 1), 4),
-        "tokens_per_character": round(tokens / max(characters, 1), 4),
-    }
+def _read_tokenizers(file: Path, data: bytes, **options: Any) -> TokenizersModel:
+    try:
+        return TokenizersModel(data, **options)
+    except Exception as error:  # the library raises bare Exception
+        raise FormatError(f"{file} is not a tokenizer of the tokenizers library: {error}.") from None
 
 
-def _same_every_time(engine: tokenizers.Tokenizer) -> tokenizers.models.Unigram:
-    """The trained unigram model without what the trainer leaves to chance.
-
-    Its sums run in hash order, so scores differ in the last digits; and bytes that it learnt no score for get the
-    lowest score plus 0, 0.0001, 0.0002, ... in random order. Scores are rounded, and those bytes take theirs in order.
-    """
-    from tokenizers import models
-
-    pieces = [(piece, round(score, 9)) for piece, score in json.loads(engine.to_str())["model"]["vocab"]]
-    special, learnt = pieces[:1], dict(pieces[1:])
-    lowest = min(learnt.values())
-    steps = {piece: (score - lowest) * 1e4 for piece, score in learnt.items() if len(piece) == 1}
-    unscored = sorted(piece for piece, step in steps.items() if step < 256 and abs(step - round(step)) < 1e-3)
-    scores = sorted((learnt[piece] for piece in unscored), reverse=True)
-    learnt.update(zip(unscored, scores, strict=True))
-    return models.Unigram([*special, *sorted(learnt.items(), key=lambda item: (-item[1], item[0]))])
+def _read_sentencepiece(file: Path, data: bytes, *, add_special_tokens: bool) -> SentencePieceModel:
+    try:
+        return SentencePieceModel(data, add_special_tokens=add_special_tokens)
+    except FormatError as error:
+        raise FormatError(
+            f"{file} is neither a tokenizer.json, nor ranks, nor a SentencePiece model: {error}"
+        ) from None
 
 
-def _num_bytes(texts: Iterable[str]) -> int:
-    return sum(len(text.encode("utf-8")) for text in texts)
-
-
-def _sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
-    """Texts in random order, a uniform draw of them if they exceed ``max_bytes``; memory stays near ``max_bytes``."""
-    rng = random.Random(seed)
-    heap: list[tuple[float, str]] = []
-    total = 0
-    for text in texts:
-        if not text:
+def _read_config(folder: Path) -> dict[str, str]:
+    """Names of the special tokens that a Hugging Face folder's settings give, by their roles."""
+    named: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
             continue
-        # The texts with the smallest random numbers stay.
-        heapq.heappush(heap, (-rng.random(), text))
-        total += len(text.encode("utf-8"))
-        while total > max_bytes and len(heap) > 1:
-            total -= len(heapq.heappop(heap)[1].encode("utf-8"))
-    return [text for _, text in sorted(heap, reverse=True)]
+        settings = read_json(folder / name)
+        if not isinstance(settings, dict):
+            raise FormatError(f"{folder / name} is not a JSON object.")
+        for role in _SPECIAL_ROLES:
+            token = settings.get(role)
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):
+                named[role] = text
+    return named
 
 
-def _balanced(
-    samples: Mapping[str, list[str]], sizes: Mapping[str, int], balance: float, seed: int
-) -> tuple[list[str], dict[str, float]]:
-    """Texts repeated or left out so that languages weigh size ** balance, and the shares that came out."""
-    total = sum(sizes.values())
-    weights = {language: float(size) ** balance for language, size in sizes.items()}
-    drawn: list[str] = []
-    drawn_bytes = {}
-    for language, texts in samples.items():
-        wanted = total * weights[language] / sum(weights.values())
-        taken, index = 0, 0
-        while taken < wanted:
-            text = texts[index % len(texts)]
-            drawn.append(text)
-            taken += len(text.encode("utf-8"))
-            index += 1
-        drawn_bytes[language] = taken
-    random.Random(seed).shuffle(drawn)
-    return drawn, {language: round(taken / sum(drawn_bytes.values()), 4) for language, taken in drawn_bytes.items()}
-
-
-def _read_tokenizer_manifest(path: Path) -> dict[str, Any]:
+def _own_end(file: Path, sha256: str) -> str | None:
+    """The end-of-document token that our manifest beside the file states, after checking the file's hash."""
+    path = file.with_name("manifest.json")
+    if not path.exists():
+        return None
     manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT or manifest.get("version") != 1:
-        raise FormatError(f"{path} is not the manifest of a tokenizer of version 1.")
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        # Somebody else's; a folder of a model may hold one.
+        return None
+    if manifest.get("version") not in (1, 2):
+        raise FormatError(f"{path} is not the manifest of a tokenizer of version 1 or 2.")
     if not isinstance(manifest.get("sha256"), str) or not isinstance(manifest.get("eod_token"), str):
         raise FormatError(f"{path} lacks sha256 or eod_token.")
-    return manifest
+    if manifest["sha256"] != sha256:
+        raise FormatError(
+            f"{file} has SHA-256 {sha256}; its manifest says {manifest['sha256']}. It was changed after it was "
+            "trained: token files made with it no longer fit."
+        )
+    return manifest["eod_token"]

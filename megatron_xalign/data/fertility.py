@@ -1,0 +1,46 @@
+"""How finely a tokenizer cuts a language."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_xalign.data.tokenizer_models import TokenModel
+
+
+def fertility(model: TokenModel, texts: Sequence[str], byte_ids: frozenset[int] = frozenset()) -> dict[str, Any]:
+    """Tokens per word, per character and per byte of some texts, and how much of them has no spelling.
+
+    Words are what stands between white space; where a language writes none (Chinese, Japanese, Thai), only the figures
+    per character and byte mean something.
+
+    Args:
+        model: the tokenizer's model, as ``Tokenizer.model`` holds it.
+        texts: texts of one language.
+        byte_ids: ids that stand for one byte each, in a tokenizer that falls back to bytes.
+
+    Returns:
+        ``texts, words, characters, bytes, tokens, tokens_per_word, tokens_per_character, bytes_per_token,
+        unknown_rate`` (share of tokens that stand for text without a spelling) and ``byte_rate`` (share of tokens that
+        are single bytes of characters the vocabulary lacks).
+    """
+    ids_T, _ = model.encode_flat(texts)
+    words = sum(len(text.split()) for text in texts)
+    characters = sum(map(len, texts))
+    num_bytes = sum(len(text.encode("utf-8")) for text in texts)
+    unknown = 0 if model.unknown_id is None else int((ids_T == model.unknown_id).sum())
+    single_bytes = int(np.isin(ids_T, sorted(byte_ids)).sum()) if byte_ids else 0
+    return {
+        "texts": len(texts),
+        "words": words,
+        "characters": characters,
+        "bytes": num_bytes,
+        "tokens": ids_T.size,
+        "tokens_per_word": round(ids_T.size / max(words, 1), 4),
+        "tokens_per_character": round(ids_T.size / max(characters, 1), 4),
+        "bytes_per_token": round(num_bytes / max(ids_T.size, 1), 4),
+        "unknown_rate": round(unknown / max(ids_T.size, 1), 6),
+        "byte_rate": round(single_bytes / max(ids_T.size, 1), 6),
+    }
