@@ -152,6 +152,19 @@ CountArrays count_documents(const SourceStream& stream, std::int64_t begin, std:
   });
 }
 
+CountArrays count_stretches(const SourceStream& stream, const py::array& draws, const py::array& begins,
+                            const py::array& ends, int num_threads) {
+  const auto* of_draw = data_of<std::int64_t>(draws, 1, "draws");
+  const auto* first = data_of<std::int64_t>(begins, 1, "begins");
+  const auto* last = data_of<std::int64_t>(ends, 1, "ends");
+  const std::int64_t rows = draws.shape(0);
+  require_length(begins, rows, "begins");
+  require_length(ends, rows, "ends");
+  return counted<std::int32_t>(stream, rows, [&](const xalign::Counts<std::int32_t>& counts) {
+    stream.count_stretches(of_draw, first, last, rows, counts, num_threads);
+  });
+}
+
 py::array_t<std::int64_t> window(const SourceStream& stream, std::int64_t draw) {
   std::vector<xalign::Piece> pieces;
   stream.append_window(draw, 0, pieces);
@@ -259,6 +272,8 @@ void bind_source_stream(py::module_& module) {
       .def("num_windows", &SourceStream::num_windows, py::arg("epoch"))
       .def("count_epoch", &count_epoch, py::arg("epoch"), py::arg("num_threads"))
       .def("count_documents", &count_documents, py::arg("begin"), py::arg("end"), py::arg("num_threads"))
+      .def("count_stretches", &count_stretches, py::arg("draws"), py::arg("begins"), py::arg("ends"),
+           py::arg("num_threads"))
       .def(
           "documents_read",
           [](const SourceStream& stream, std::int64_t num_windows, int num_threads) {

@@ -480,6 +480,23 @@ void SourceStream::count_documents(std::int64_t first, std::int64_t count, const
   });
 }
 
+void SourceStream::count_stretches(const std::int64_t* draws, const std::int64_t* begins, const std::int64_t* ends,
+                                   std::int64_t count, const Counts<std::int32_t>& counts, int num_threads) const {
+  in_pieces(count, 1 << 12, num_threads, [&](std::int64_t, std::int64_t first, std::int64_t last) {
+    Row row(file_);
+    for (std::int64_t i = first; i < last; ++i) {
+      const DocumentPlace place = document(draws[i]);
+      if (begins[i] < 0 || ends[i] < begins[i] || ends[i] > place.length) {
+        throw std::invalid_argument("tokens " + std::to_string(begins[i]) + ".." + std::to_string(ends[i]) +
+                                    " are not all in document " + std::to_string(place.document) + " of " + file_.name +
+                                    ", which has " + std::to_string(place.length) + ".");
+      }
+      row.add(place.document, place.length, begins[i], ends[i]);
+      row.write(counts, i);
+    }
+  });
+}
+
 SourceStream::DocumentsRead SourceStream::read_of_cut(const Epoch& epoch, std::int64_t num_drawn,
                                                       std::int64_t first_document, std::int64_t end_document) const {
   const std::int64_t num_windows = epoch.windows.size(), seq_length = cutting_.seq_length;

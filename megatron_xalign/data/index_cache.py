@@ -3,7 +3,8 @@
 A file's name is the SHA-256 of everything that decides its content: the token file (the hash of its manifest, or size
 and time of Megatron's own), seed, name, sequence length, and the version of the code that made it. So nothing in the
 folder is ever stale: text that was tokenised again in place, another seed or another version of the package have other
-names. What is old takes room and nothing else; the folder may be emptied at any time, also while jobs run.
+names. What is old takes room and nothing else; what no job opened for 90 days is removed. On a local disk the folder
+may be emptied at any time, also while jobs run.
 
 Of several processes that miss the same file one builds it and the others wait (a file lock, for a limited time). On
 nodes with disks of their own each builds once. Where the folder cannot be written every process keeps what it built in
@@ -19,7 +20,10 @@ import json
 import logging
 import math
 import os
+import re
+import shutil
 import struct
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,7 +33,7 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from megatron_xalign.errors import ConfigError
-from megatron_xalign.formats.atomic import remove_abandoned, whole_file
+from megatron_xalign.formats.atomic import remove_abandoned, whole_file, whole_folder
 from megatron_xalign.formats.token_file import TokenFile, companion
 
 log = logging.getLogger(__name__)
@@ -39,9 +43,13 @@ INDEX_VERSION = 1
 WAIT_SECONDS = 1800.0
 """How long a process waits for another one to build an index before it builds its own."""
 
+_UNUSED_SECONDS = 90 * 86400.0
 _MAGIC = b"XAINDEX\x00"
 _HEADER = struct.Struct("<8sII32s")
 _ALIGNMENT = 64
+# In a folder: what it was made from.
+_WANTED = "made_from.json"
+_IS_OURS = re.compile(r"^[a-z_]+-[0-9a-f]{64}$")
 _KINDS = frozenset({"i1", "u1", "<i2", "<u2", "<i4", "<u4", "<i8", "<u8", "|i1", "|u1"})
 
 
@@ -59,6 +67,7 @@ class IndexCache:
         self._wait_seconds = wait_seconds
         self._told = False
         self._swept = False
+        self._temporary: list[tempfile.TemporaryDirectory[str]] = []
 
     @classmethod
     def at(cls, setting: str | Path | None) -> IndexCache:
@@ -101,10 +110,10 @@ class IndexCache:
         Returns:
             The arrays, read-only: memory maps of the kept file, or what ``build`` gave where nothing can be kept.
         """
-        wanted = json.dumps([INDEX_VERSION, kind, made_from], sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        wanted = _canonical(kind, made_from)
         if self.folder is None:
             return _read_only(build())
-        path = self.folder / f"{kind}-{hashlib.sha256(wanted.encode('ascii')).hexdigest()}"
+        path = self.folder / f"{kind}-{_name_of(wanted)}"
         found = _open(path, wanted)
         if found is not None:
             return found
@@ -120,11 +129,65 @@ class IndexCache:
             found = _open(path, wanted)
             return built if found is None else found
 
+    def folder_of(self, kind: str, made_from: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
+        """A folder of files by what they are made from, for what is too large to be built in memory.
+
+        Args:
+            kind: a short word for what they are; the beginning of the folder's name.
+            made_from: everything that decides the files, JSON-able.
+            build: writes them into the empty folder it is given; they are on the disk before the folder gets its name.
+
+        Returns:
+            The folder, whole and not to be written to; where nothing can be kept, a temporary one that goes with this
+            object.
+        """
+        wanted = _canonical(kind, made_from)
+        if self.folder is None:
+            return self._temporary_folder(build)
+        path = self.folder / f"{kind}-{_name_of(wanted)}"
+        if _is_whole(path, wanted):
+            return path
+        with self._only_one(path) as alone:
+            if _is_whole(path, wanted):
+                return path
+            if alone == "late":
+                return self._temporary_folder(build)
+            try:
+                self._sweep()
+                with whole_folder(path) as beside:
+                    (beside / _WANTED).write_text(wanted, encoding="ascii")
+                    build(beside)
+            except OSError as error:
+                # What building itself runs into on a disk that can be written is met again in the next line.
+                self._tell(error)
+                return self._temporary_folder(build)
+        return path
+
+    def _temporary_folder(self, build: Callable[[Path], None]) -> Path:
+        holder = tempfile.TemporaryDirectory(prefix="xalign-index-")
+        build(Path(holder.name))
+        self._temporary.append(holder)
+        return Path(holder.name)
+
+    def _sweep(self) -> None:
+        """Once per object: what killed processes left, and what no job opened for a long time."""
+        if self._swept or self.folder is None:
+            return
+        self._swept = True
+        remove_abandoned(self.folder)
+        oldest = time.time() - _UNUSED_SECONDS
+        for entry in os.scandir(self.folder):
+            if not _IS_OURS.match(entry.name) or entry.stat(follow_symlinks=False).st_mtime > oldest:
+                continue
+            with suppress(OSError):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    os.unlink(entry.path)  # noqa: PTH108
+
     def _keep(self, path: Path, wanted: str, arrays: Mapping[str, np.ndarray]) -> bool:
         try:
-            if not self._swept:
-                self._swept = True
-                remove_abandoned(path.parent)
+            self._sweep()
             _write(path, wanted, arrays)
         except OSError as error:
             self._tell(error)
@@ -215,6 +278,30 @@ def file_identity(file: TokenFile) -> dict[str, Any]:
     return identity
 
 
+def _canonical(kind: str, made_from: Mapping[str, Any]) -> str:
+    return json.dumps([INDEX_VERSION, kind, made_from], sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def _name_of(wanted: str) -> str:
+    return hashlib.sha256(wanted.encode("ascii")).hexdigest()
+
+
+def _touch(path: Path) -> None:
+    """Note that it was used, at most once a day; for :meth:`IndexCache._sweep`."""
+    with suppress(OSError):
+        if path.stat().st_mtime < time.time() - 86400:
+            os.utime(path)
+
+
+def _is_whole(folder: Path, wanted: str) -> bool:
+    try:
+        found = (folder / _WANTED).read_text(encoding="ascii") == wanted
+    except (OSError, ValueError):
+        return False
+    _touch(folder)
+    return found
+
+
 def _is_named(descriptor: int, path: Path) -> bool:
     try:
         named = path.stat()
@@ -271,6 +358,7 @@ def _open(path: Path, wanted: str) -> dict[str, np.ndarray] | None:
         log.warning("%s cannot be read (%s); built again.", path, error.strerror or error)
         return None
     # One map for all; plain arrays because slices of np.memmap are several times slower.
+    _touch(path)
     whole, arrays = mapped.view(np.ndarray), {}
     for entry in entries:
         dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])

@@ -251,6 +251,35 @@ class SourceStream:
             self.load_keys(epoch)
         return self._rows([_EpochCounts(*self.native.count_documents(begin, end, self.num_threads))])
 
+    def stretches(self, draws_N: np.ndarray, begins_N: np.ndarray, ends_N: np.ndarray) -> RowCounts:
+        """Count stretches of documents.
+
+        Args:
+            draws_N: int64 [N]: documents by draw.
+            begins_N: int64 [N]: the first token of each that counts.
+            ends_N: int64 [N]: one past the last.
+
+        Returns:
+            Counts of each stretch, every token of which has a label.
+
+        Raises:
+            ValueError: there are no such draws or tokens.
+            FormatError: the token file is damaged.
+        """
+        draws_N, begins_N, ends_N = (np.ascontiguousarray(item, dtype=np.int64) for item in (draws_N, begins_N, ends_N))
+        if len(draws_N) and (draws_N.min() < 0 or self.num_documents == 0):
+            raise ValueError(f"{self.name} has no document with draw {draws_N.min()}.")
+        for epoch in np.unique(draws_N // max(self.num_documents, 1)).tolist():
+            self.load_keys(epoch)
+        return self._rows([_EpochCounts(*self.native.count_stretches(draws_N, begins_N, ends_N, self.num_threads))])
+
+    def document_of(self, draw: int) -> int:
+        """Number in the file of a document by draw."""
+        if draw < 0 or self.num_documents == 0:
+            raise ValueError(f"{self.name} has no document with draw {draw}.")
+        self.load_keys(draw // self.num_documents)
+        return self.native.document(draw)[0]
+
     def begun_and_cut(self, num_windows: int) -> tuple[int, int]:
         """How the first windows drawn fall on documents.
 

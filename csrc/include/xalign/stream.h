@@ -111,6 +111,11 @@ class SourceStream {
   void count_documents(std::int64_t first, std::int64_t count, const Counts<std::int32_t>& counts,
                        int num_threads) const;
 
+  // Counts stretches of documents: tokens begins[i]..ends[i]-1 of the document with draw draws[i]. Throws also
+  // std::invalid_argument if there are no such tokens.
+  void count_stretches(const std::int64_t* draws, const std::int64_t* begins, const std::int64_t* ends,
+                       std::int64_t count, const Counts<std::int32_t>& counts, int num_threads) const;
+
   // How the windows with draws 0..num_windows-1 fall on documents, a document counted once per epoch; documents without
   // tokens count for nothing.
   struct DocumentsRead {
