@@ -10,10 +10,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_xalign import __version__
 from megatron_xalign.errors import ConfigError, StoppedEarly, XAlignError
+
+if TYPE_CHECKING:
+    from megatron_xalign.data.inputs import Fields
+    from megatron_xalign.data.job_settings import JobSettings
 
 Handler = Callable[[argparse.Namespace], int]
 INTERRUPTED = 130
@@ -65,9 +69,30 @@ training.exit_duration_minutes make it save and exit with code 75, for scheduler
     "preprocess": """
 examples:
   xalign preprocess en.jsonl --language eng_Latn --tokenizer T --output-prefix D/eng_Latn
+  xalign preprocess fineweb/ --language-key lang --split-by-language --tokenizer T --output-prefix D/web
+  xalign preprocess eng_Latn=en/*.parquet fin_Latn=fi.jsonl.zst --tokenizer T --output-prefix D/both
   xalign preprocess pairs.jsonl --pairs eng_Latn,fin_Latn --tokenizer T --output-prefix D/eng_Latn-fin_Latn
+  xalign preprocess OPUS.en-fi.en OPUS.en-fi.fi --pairs eng_Latn,fin_Latn --language-map en=eng_Latn,fi=fin_Latn \\
+      --probe probe.jsonl --duplicates near --on-error skip --max-skipped 100 --tokenizer T --output-prefix D/opus
 
-Writes PREFIX.bin and PREFIX.idx (Megatron's), PREFIX.spans (which language each token is) and PREFIX.manifest.json.
+Reads JSON lines, parquet, plain text, TSV, line-aligned files and TMX, plain or in .gz or .zst, and writes PREFIX.bin
+and PREFIX.idx (Megatron's), PREFIX.spans (which language each token is), PREFIX.manifest.json (counts, checksums,
+recipe) and PREFIX.log.json (what the run took). A kill loses at most the parts in progress; the same command continues.
+""",
+    "verify": """
+examples:
+  xalign verify D/eng_Latn D/fin_Latn
+  xalign verify D/eng_Latn-fin_Latn --tokenizer T --sample 5
+
+Exit code 0 if all are good, 1 if something is wrong with one; Megatron's own files are checked too.
+""",
+    "pairing": """
+examples:
+  xalign pairing D/eng_Latn-fin_Latn D/shuffled --pairing shuffled
+  xalign pairing D/eng_Latn-fin_Latn D/separated --pairing separated
+
+shuffled: every translation beside the source of another pair of about the same length. separated: each side a document
+of its own. Both have exactly the tokens of each language that the file of aligned pairs has.
 """,
 }
 
@@ -87,6 +112,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tokenizer(verbs)
     _add_preprocess(verbs)
     _add_verify(verbs)
+    _add_merge(verbs)
+    _add_stats(verbs)
+    _add_pairing(verbs)
     _add_blend(verbs)
     _add_train(verbs)
     _add_analyze(verbs)
@@ -183,11 +211,47 @@ def _language_list(text: str) -> tuple[str, ...]:
     return languages
 
 
-def _language_pair(text: str) -> tuple[str, str]:
-    languages = _language_list(text)
-    if len(languages) != 2:
-        raise argparse.ArgumentTypeError(f"{text!r} names {len(languages)} languages; a pair has 2: eng_Latn,fin_Latn")
-    return languages[0], languages[1]
+def _word_list(text: str) -> tuple[str, ...]:
+    words = tuple(part.strip() for part in text.split(","))
+    if not all(words):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as src,tgt")
+    return words
+
+
+def _language_map(text: str) -> tuple[tuple[str, str], ...]:
+    entries = [part.partition("=") for part in text.split(",")]
+    if not all(code.strip() and separator and meaning.strip() for code, separator, meaning in entries):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of CODE=LANGUAGE such as en=eng_Latn,fi=fin_Latn")
+    return tuple((code.strip(), meaning.strip()) for code, _, meaning in entries)
+
+
+def _pair_rule(text: str) -> str | tuple[tuple[str, str], ...]:
+    if text in ("pivot", "all"):
+        return text
+    pairs = [part.split("-") for part in text.split(",")]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not pivot, all, or a list such as eng_Latn-fin_Latn,eng_Latn-deu_Latn"
+        )
+    return tuple((first, second) for first, second in pairs)
+
+
+def _size(text: str) -> int:
+    units = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+    number = text.strip().lower().removesuffix("b").removesuffix("i")
+    unit = number[-1:] if number[-1:].isalpha() else ""
+    try:
+        size = int(number.removesuffix(unit)) * units[unit]
+    except (ValueError, KeyError):
+        size = 0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size in bytes such as 64M")
+    return size
+
+
+def _escaped(text: str) -> str:
+    # A shell hands over \\n as two characters.
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _fraction_list(text: str) -> tuple[float, ...]:
@@ -294,17 +358,64 @@ def _add_tokenizer(verbs: Any) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     train = actions.add_parser("train", help="train one on a corpus folder, balanced by language")
     train.set_defaults(handler=_tokenizer_train)
-    train.add_argument("corpus", type=Path, help="folder that `xalign corpus` made")
+    train.add_argument(
+        "corpus", nargs="+", metavar="CORPUS",
+        help="folder that `xalign corpus` made; or files, folders and patterns as `xalign preprocess` reads them",
+    )
     train.add_argument("out", type=Path, help="folder to write")
     train.add_argument("--vocab-size", type=_positive, default=4096, help="entries, special ones too (default: 4096)")
     train.add_argument("--model", choices=("bpe", "unigram"), default="bpe", help="default: bpe (byte-level)")
+    train.add_argument("--split", default="gpt2", metavar="NAME", help="pattern that cuts text into words (default: gpt2)")
+    train.add_argument(
+        "--temperature", type=float, default=None, metavar="T",
+        help="a language weighs bytes ** (1 / T): 1 as the corpus has it, inf all the same (default: 3.33)",
+    )
+    train.add_argument(
+        "--special-tokens", nargs="+", default=None, metavar="NAME[=ID]", help="they get the first ids, or those stated"
+    )
+    train.add_argument("--eod-token", default=None, metavar="NAME", help="the one of them that ends a document")
+    train.add_argument(
+        "--make-vocab-size-divisible-by", type=_positive, default=128, metavar="N", help="as training pads it (128)"
+    )
+    train.add_argument(
+        "--tensor-model-parallel-size", type=_positive, default=1, metavar="N", help="of the training to come (1)"
+    )
+    train.add_argument("--fill-vocab", action="store_true", help="reserved tokens up to the padded size")
+    train.add_argument(
+        "--max-bytes-per-language", type=_size, default=None, metavar="N", help="text drawn at random (default: 200 MB)"
+    )
+    train.add_argument("--seed", type=_natural, default=0, help="of that draw (default: 0)")
     train.add_argument("--json", action="store_true", help="print the fertility report as JSON")
+    _add_records(train.add_argument_group("how files are read"))
 
 
 def _tokenizer_train(options: argparse.Namespace) -> int:
     from megatron_xalign import terminal, workflows
 
-    manifest = workflows.train_tokenizer(options.corpus, options.out, options.vocab_size, options.model)
+    further: dict[str, Any] = {
+        "split": options.split, "make_vocab_size_divisible_by": options.make_vocab_size_divisible_by,
+        "tensor_model_parallel_size": options.tensor_model_parallel_size, "fill_vocab": options.fill_vocab,
+        "seed": options.seed,
+    }
+    for name in ("temperature", "max_bytes_per_language"):
+        if getattr(options, name) is not None:
+            further[name] = getattr(options, name)
+    if options.eod_token is not None:
+        further["end_of_document"] = options.eod_token
+    if options.special_tokens is not None:
+        further["special_tokens"] = _special_tokens(options.special_tokens)
+    elif options.eod_token is not None:
+        further["special_tokens"] = (options.eod_token,)
+    is_folder = len(options.corpus) == 1 and "=" not in options.corpus[0]
+    if is_folder and options.language is options.language_key is options.pairs is None:
+        manifest = workflows.train_tokenizer(
+            Path(options.corpus[0]), options.out, options.vocab_size, options.model, **further
+        )
+    else:
+        manifest = workflows.train_tokenizer_on_files(
+            options.corpus, _fields_of(options), options.out, options.vocab_size, options.model,
+            input_format=options.input_format, **further,
+        )
     if options.json:
         _print_json(manifest)
     else:
@@ -312,55 +423,324 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _special_tokens(words: Sequence[str]) -> tuple[str, ...] | dict[str, int]:
+    """Names, or the id of each name where ids are given."""
+    entries = [word.rpartition("=") for word in words]
+    if not any(name and number.isdecimal() for name, _, number in entries):
+        return tuple(words)
+    if not all(name and number.isdecimal() for name, _, number in entries):
+        raise ConfigError("--special-tokens has ids for some names and not for others; give all or none: NAME=ID.")
+    return {name: int(number) for name, _, number in entries}
+
+
 def _add_preprocess(verbs: Any) -> None:
     parser = _verb(verbs, "preprocess", "turn text into Megatron token files, a language for every token", _preprocess)
-    parser.add_argument("inputs", type=Path, nargs="+", help="JSON-lines files, plain or .gz")
-    parser.add_argument("--output-prefix", type=Path, required=True, help="path of the token file without its ending")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder `xalign tokenizer train` wrote")
-    kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--language", help="monolingual documents in this language, e.g. fin_Latn")
-    kind.add_argument("--pairs", type=_language_pair, metavar="A,B", help="translated pairs of these two languages")
     parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="files, folders, patterns; LANGUAGE=INPUT says the language of one"
+    )
+    parser.add_argument("--output-prefix", type=Path, required=True, help="path of the token file without its ending")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="tokenizer.json, SentencePiece .model, .tiktoken, or their folder"
+    )
+    _add_records(parser.add_argument_group("how the input is read"))
+    _add_tokens(parser.add_argument_group("what becomes of a text"))
+    _add_pairs(parser.add_argument_group("pairs"))
+    group = parser.add_argument_group("what is left out")
+    group.add_argument(
+        "--duplicates", choices=("keep", "exact", "near"), default=None,
+        help="what is the same as an earlier one, or nearly (default: exact for pairs, keep for documents)",
+    )
+    group.add_argument(
+        "--near-threshold", type=float, default=0.8, metavar="J", help="similarity that counts as nearly (default: 0.8)"
+    )
+    group.add_argument("--probe", type=Path, metavar="FILE", help="held-out pairs: leave out what touches them")
+    group.add_argument(
+        "--on-error", choices=("raise", "skip"), default="raise", help="a malformed line stops the job, or is counted"
+    )
+    group.add_argument(
+        "--max-skipped", type=_natural, default=None, metavar="N", help="with skip: more malformed lines stop it too"
+    )
+    group = parser.add_argument_group("the job")
+    group.add_argument("--workers", type=_positive, default=None, metavar="N", help="processes (default: usable CPUs)")
+    group.add_argument(
+        "--part-bytes", type=_size, default=None, metavar="N", help="text a worker takes at a time (default: up to 64M)"
+    )
+    group.add_argument(
+        "--engine", choices=("auto", "reference", "gigatoken"), default="auto",
+        help="auto: the fastest that gives the reference's ids on a sample of the input",
+    )
+    # cluster
+    group.add_argument("--dry-run", action="store_true", help="say what would be done and about what it takes")
+    group.add_argument("--json", action="store_true", help="print the manifest as JSON")
+
+
+def _add_records(group: Any) -> None:
+    kind = group.add_mutually_exclusive_group()
+    kind.add_argument("--language", help="monolingual documents in this language, e.g. fin_Latn")
+    kind.add_argument("--language-key", metavar="KEY", help="monolingual; each record says its language under this key")
+    kind.add_argument(
+        "--pairs", type=_language_list, metavar="A,B[,C]", help="translated pairs of these languages, in this order"
+    )
+    group.add_argument(
+        "--languages", type=_language_list, default=(), metavar="A,B", help="with --language-key: only these"
+    )
+    group.add_argument(
+        "--language-map", type=_language_map, default=(), metavar="C=A,D=B",
+        help="codes of the data: en=eng_Latn,fi=fin_Latn",
+    )
+    group.add_argument(
+        "--input-format", choices=("auto", "jsonl", "parquet", "text", "tsv", "moses", "tmx"), default="auto",
+        help="default: by the names",
+    )
+    group.add_argument(
+        "--json-keys", nargs="+", default=["text"], metavar="KEY",
+        help="monolingual: key or column of the text; several make a token file each, PREFIX_KEY (default: text)",
+    )
+    group.add_argument("--id-key", default="id", metavar="KEY", help="pairs: key of the id (default: id)")
+    group.add_argument(
+        "--texts-key", default="texts", metavar="KEY", help="pairs: key of {language: text, ...} (default: texts)"
+    )
+    group.add_argument(
+        "--side-keys", type=_word_list, default=(), metavar="K,L", help="pairs: keys or columns of the sides: src,tgt"
+    )
+    group.add_argument(
+        "--side-language-keys", type=_word_list, default=(), metavar="K,L", help="pairs: keys of the sides' languages"
+    )
+    group.add_argument(
+        "--pair-rule", type=_pair_rule, default="pivot", metavar="RULE",
+        help="of three languages or more: pivot (the first with each other), all, or A-B,A-C,... (default: pivot)",
+    )
+    group.add_argument(
+        "--text-unit", choices=("line", "paragraph", "file"), default="line", help="plain text: one document (line)"
+    )
+    group.add_argument("--tsv-header", action="store_true", help="the first line of a TSV names its columns")
+
+
+def _add_tokens(group: Any) -> None:
+    group.add_argument(
+        "--end-of-document", metavar="TOKEN", help="token that ends a document, where the tokenizer does not say"
+    )
+    group.add_argument(
+        "--no-append-eod", dest="append_eod", action="store_false", help="no such token (Megatron-LM's tool's default)"
+    )
+    group.add_argument(
+        "--parse-special-tokens", action="store_true", help="text that spells a special token becomes that token"
+    )
+    group.add_argument(
+        "--add-special-tokens", action="store_true", help="the tokenizer's own tokens around every text"
+    )
+    group.add_argument("--split-by-language", action="store_true", help="a file for each language, PREFIX.LANGUAGE")
+    group.add_argument("--split-sentences", action="store_true", help="one sequence a sentence, as Megatron-LM's tool")
+    group.add_argument(
+        "--punkt-model", type=Path, metavar="DIR", help="how sentences end; else found here or trained on the input"
+    )
+    group.add_argument("--keep-newlines", action="store_true", help="white space between sentences is kept")
+
+
+def _add_pairs(group: Any) -> None:
+    group.add_argument(
         "--direction", choices=("forward", "backward", "random"), default="random",
         help="which side of a pair comes first (default: random, fixed per pair by --seed)",
     )
-    parser.add_argument("--seed", type=_natural, default=1234, help="for --direction random (default: 1234)")
-    parser.add_argument(
-        "--on-error", choices=("raise", "skip"), default="raise", help="a malformed line stops the job, or is counted"
+    group.add_argument("--seed", type=_natural, default=1234, help="of direction and pairing (default: 1234)")
+    group.add_argument(
+        "--template", type=_escaped, default=None,
+        help="text around {source} and {target} (default: '{source}\\n{target}')",
     )
-    parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    group.add_argument(
+        "--pairing", choices=("aligned", "shuffled", "separated"), default="aligned",
+        help="controls: the translation beside a wrong source, or as a document of its own (default: aligned)",
+    )
+    group.add_argument("--no-filters", action="store_true", help="keep every pair with text on both sides")
+    group.add_argument("--keep-identical", action="store_true", help="keep pairs whose sides are the same")
+    group.add_argument("--min-characters", type=_natural, default=None, metavar="N", help="a side (default: 1)")
+    group.add_argument("--max-characters", type=_positive, default=None, metavar="N", help="a side (default: 5000)")
+    group.add_argument("--max-tokens", type=_positive, default=None, metavar="N", help="a side (default: no limit)")
+    group.add_argument(
+        "--max-length-ratio", type=float, default=None, metavar="R", help="longer side by shorter one (default: 3.0)"
+    )
+    group.add_argument(
+        "--min-letter-fraction", type=float, default=None, metavar="F", help="of what is visible (default: 0.25)"
+    )
+    group.add_argument(
+        "--check-language", choices=("off", "script", "identify"), default=None,
+        help="leave out sides in another script, or that an offline identifier takes for another language (script)",
+    )
+
+
+_FILTER_OPTIONS = (
+    "min_characters", "max_characters", "max_tokens", "max_length_ratio", "min_letter_fraction", "check_language",
+)
+
+
+def _preprocess_jobs(options: argparse.Namespace) -> list[JobSettings]:
+    """The jobs that arguments of ``preprocess`` describe: one, or one for each of several keys."""
+    from megatron_xalign.data.filters import PairFilters
+    from megatron_xalign.data.job_settings import JobSettings, SentenceSettings
+
+    filters: PairFilters | None = PairFilters(
+        drop_identical=not options.keep_identical,
+        **{name: getattr(options, name) for name in _FILTER_OPTIONS if getattr(options, name) is not None},
+    )
+    common: dict[str, Any] = {
+        "inputs": tuple(options.inputs), "tokenizer": str(options.tokenizer), "input_format": options.input_format,
+        "end_of_document": options.end_of_document, "append_eod": options.append_eod,
+        "parse_special_tokens": options.parse_special_tokens, "add_special_tokens": options.add_special_tokens,
+        "split_by_language": options.split_by_language, "filters": None if options.no_filters else filters,
+        "probe": str(options.probe) if options.probe is not None else None, "duplicates": options.duplicates,
+        "near_threshold": options.near_threshold, "direction": options.direction, "seed": options.seed,
+        "pairing": options.pairing, "on_error": options.on_error, "max_skipped": options.max_skipped,
+        "engine": options.engine, "workers": options.workers, "part_bytes": options.part_bytes,
+    }
+    if options.template is not None:
+        common["template"] = options.template
+    if options.split_sentences:
+        model = str(options.punkt_model) if options.punkt_model is not None else None
+        common["sentences"] = SentenceSettings(model=model, keep_newlines=options.keep_newlines)
+    elif options.punkt_model is not None or options.keep_newlines:
+        raise ConfigError("--punkt-model and --keep-newlines are about sentences; they go with --split-sentences.")
+    prefix, several = str(options.output_prefix), len(options.json_keys) > 1 and options.pairs is None
+    return [
+        JobSettings(fields=fields, output_prefix=f"{prefix}_{fields.text_key}" if several else prefix, **common)
+        for fields in _fields_of(options)
+    ]
+
+
+def _fields_of(options: argparse.Namespace) -> list[Fields]:
+    """How records are read; one for each of several keys."""
+    from megatron_xalign.data.inputs import Fields
+
+    common: dict[str, Any] = {
+        "id_key": options.id_key, "language_map": options.language_map, "text_unit": options.text_unit,
+        "tsv_header": options.tsv_header,
+    }
+    if options.pairs is not None:
+        return [
+            Fields(
+                kind="pairs", languages=options.pairs, texts_key=options.texts_key, side_keys=options.side_keys,
+                side_language_keys=options.side_language_keys, pair_rule=options.pair_rule, **common,
+            )
+        ]
+    if len(set(options.json_keys)) != len(options.json_keys):
+        raise ConfigError(f"--json-keys {' '.join(options.json_keys)} names a key twice.")
+    return [
+        Fields(
+            kind="monolingual", text_key=key, language=options.language, language_key=options.language_key,
+            languages=options.languages, **common,
+        )
+        for key in options.json_keys
+    ]
 
 
 def _preprocess(options: argparse.Namespace) -> int:
     from megatron_xalign import terminal, workflows
 
-    manifest = workflows.preprocess(
-        options.inputs, options.output_prefix, options.tokenizer, language=options.language, pair=options.pairs,
-        direction=options.direction, seed=options.seed, on_error=options.on_error,
-    )
+    jobs = _preprocess_jobs(options)
+    if options.dry_run:
+        plans = workflows.plan_preprocessing(jobs)
+        if options.json:
+            _print_json(plans if len(plans) > 1 else plans[0])
+        else:
+            print("\n".join(map(terminal.describe_preprocessing_plan, plans)))
+        return 0
+    outcomes = workflows.preprocess_all(jobs)
     if options.json:
-        _print_json(manifest)
+        manifests = [manifest for outcome in outcomes for manifest in outcome.manifests.values()]
+        _print_json(manifests if len(manifests) > 1 else manifests[0])
     else:
-        print(terminal.describe_token_file(manifest, options.output_prefix))
+        print("\n".join(map(terminal.describe_preprocessed, outcomes)))
     return 0
 
 
 def _add_verify(verbs: Any) -> None:
     parser = _verb(verbs, "verify", "check a token file: sizes, checksums, ids, end of documents, languages", _verify)
     parser.add_argument("prefix", type=Path, nargs="+", help="token files, without their ending")
-    parser.add_argument("--tokenizer", type=Path, default=None, help="also check that this tokenizer made it")
+    parser.add_argument("--tokenizer", type=Path, default=None, help="check that this one made it, and show text")
+    parser.add_argument("--sample", type=_natural, default=3, metavar="N", help="documents to show (default: 3)")
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
 
 
 def _verify(options: argparse.Namespace) -> int:
     from megatron_xalign import terminal, workflows
 
-    reports = [workflows.verify(prefix, options.tokenizer) for prefix in options.prefix]
+    reports = [workflows.verify(prefix, options.tokenizer, options.sample) for prefix in options.prefix]
     if options.json:
         _print_json(reports)
     else:
-        for prefix, report in zip(options.prefix, reports, strict=True):
-            print(terminal.describe_verified(prefix, report))
+        print("\n".join(map(terminal.describe_verified, reports)))
+    bad = [report for report in reports if not report["good"]]
+    if bad:
+        first = bad[0]["problems"][0]["message"]
+        print(f"xalign: error: {len(bad)} of {len(reports)} token files: {first}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _add_merge(verbs: Any) -> None:
+    parser = _verb(verbs, "merge", "join token files in order, documents, languages and all", _merge)
+    parser.add_argument("out", type=Path, help="token file to write, without its ending")
+    parser.add_argument("prefix", type=Path, nargs="+", help="token files, in order")
+    parser.add_argument("--language", default=None, help="of files without companions (Megatron's own)")
+    parser.add_argument(
+        "--origin", choices=("monolingual", "parallel"), default="monolingual", help="if none of them has companions"
+    )
+    parser.add_argument("--tokenizer", type=Path, default=None, help="that made them, if none has companions")
+    parser.add_argument("--overwrite", action="store_true", help="replace a token file that is there")
+    parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from megatron_xalign import terminal, workflows
+
+    manifest = workflows.merge(
+        options.out, options.prefix, tokenizer=options.tokenizer, language=options.language, origin=options.origin,
+        replace=options.overwrite,
+    )
+    if options.json:
+        _print_json(manifest)
+    else:
+        print(terminal.describe_token_file(manifest, options.out))
+    return 0
+
+
+def _add_stats(verbs: Any) -> None:
+    parser = _verb(verbs, "stats", "count what token files hold: documents, lengths, languages, tokens", _stats)
+    parser.add_argument("prefix", type=Path, nargs="+", help="token files, without their ending")
+    parser.add_argument("--tokenizer", type=Path, default=None, help="shows tokens as text")
+    parser.add_argument("--language", default=None, help="of files without companions (Megatron's own)")
+    parser.add_argument("--json", action="store_true", help="print all counts as JSON")
+
+
+def _stats(options: argparse.Namespace) -> int:
+    from megatron_xalign import terminal, workflows
+
+    counts = [
+        workflows.token_statistics(prefix, tokenizer=options.tokenizer, language=options.language)
+        for prefix in options.prefix
+    ]
+    if options.json:
+        _print_json(counts)
+    else:
+        print("\n".join(map(terminal.describe_statistics, counts)))
+    return 0
+
+
+def _add_pairing(verbs: Any) -> None:
+    parser = _verb(verbs, "pairing", "make a control of a token file of pairs: the translation elsewhere", _pairing)
+    parser.add_argument("aligned", type=Path, help="token file of pairs, without its ending")
+    parser.add_argument("out", type=Path, help="token file to write; one that is there is replaced")
+    parser.add_argument("--pairing", choices=("shuffled", "separated"), required=True, help="which control")
+    parser.add_argument("--seed", type=_natural, default=1234, help="of shuffled (default: 1234)")
+    parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
+
+
+def _pairing(options: argparse.Namespace) -> int:
+    from megatron_xalign import terminal, workflows
+
+    manifest = workflows.make_pairing(options.aligned, options.out, options.pairing, options.seed)
+    if options.json:
+        _print_json(manifest)
+    else:
+        print(terminal.describe_token_file(manifest, options.out))
     return 0
 
 
@@ -441,7 +821,7 @@ def _analyze(options: argparse.Namespace) -> int:
 
 
 def _add_convert(verbs: Any) -> None:
-    parser = _verb(verbs, "convert", "checkpoints to Hugging Face folders, checked; CPU only", _convert_to_hf)
+    parser = _verb(verbs, "convert", "checkpoints to Hugging Face folders and back, checked; CPU only", _convert_to_hf)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     to_hf = actions.add_parser("to-hf", help="write a Hugging Face folder and check its logits against Megatron's")
     to_hf.set_defaults(handler=_convert_to_hf)
@@ -451,6 +831,15 @@ def _add_convert(verbs: Any) -> None:
     to_hf.add_argument("--tokenizer", type=Path, default=None, help="default: the one the run was trained with")
     to_hf.add_argument("--no-check", action="store_true", help="do not compare logits afterwards")
     to_hf.add_argument("--json", action="store_true", help="print the comparison as JSON")
+    from_hf = actions.add_parser("from-hf", help="write a checkpoint with a Hugging Face folder's weights")
+    from_hf.set_defaults(handler=_convert_from_hf)
+    from_hf.add_argument("hf", type=Path, help="the Hugging Face folder: config.json and *.safetensors")
+    from_hf.add_argument("checkpoint", type=Path, help="checkpoint folder to write; training.load_weights names it")
+    from_hf.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default=None, help="default: as the tensors are stored"
+    )
+    from_hf.add_argument("--no-check", action="store_true", help="do not compare logits afterwards")
+    from_hf.add_argument("--json", action="store_true", help="print the comparison as JSON")
     check = actions.add_parser("check", help="compare logits of a checkpoint and a Hugging Face folder on real text")
     check.set_defaults(handler=_convert_check)
     check.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run folder (its newest checkpoint)")
@@ -469,10 +858,21 @@ def _convert_to_hf(options: argparse.Namespace) -> int:
     return _convert_check(options)
 
 
-def _convert_check(options: argparse.Namespace) -> int:
+def _convert_from_hf(options: argparse.Namespace) -> int:
+    from megatron_xalign import workflows
+
+    workflows.convert_from_hf(options.hf, options.checkpoint, dtype=options.dtype)
+    if options.no_check:
+        print(options.checkpoint)
+        return 0
+    # The folder is somebody else's; nothing is written into it.
+    return _convert_check(options, record=False)
+
+
+def _convert_check(options: argparse.Namespace, record: bool = True) -> int:
     from megatron_xalign import terminal, workflows
 
-    report = workflows.check_hf(options.checkpoint, options.hf)
+    report = workflows.check_hf(options.checkpoint, options.hf, record=record)
     if options.json:
         _print_json(report)
     else:

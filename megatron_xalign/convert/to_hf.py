@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_xalign import names
-from megatron_xalign.config import RunConfig, from_tree, to_yaml
+from megatron_xalign.config import ModelConfig, RunConfig, from_tree, to_yaml
 from megatron_xalign.convert.model_card import model_card
 from megatron_xalign.convert.stream import Announced, open_stream, plan_shards, shard_index
 from megatron_xalign.errors import CheckpointError, ConfigError, FormatError
@@ -76,7 +77,7 @@ def to_hf(
         if not extra.get(key):
             raise CheckpointError(f"{checkpoint / MANIFEST} lacks {key} in extra; the model cannot be rebuilt from it.")
     config, vocab_size = from_tree(RunConfig, extra["config"]), int(extra["vocab_size"])
-    architecture = names.architecture(config.model)
+    architecture = read_architecture(extra, config.model)
     reader = CheckpointReader(checkpoint)
     moves = plan_moves(reader, config, vocab_size, None if dtype is None else DTYPES[dtype])
     tokenizer = tokenizer if tokenizer is not None else config.data.tokenizer or None
@@ -98,6 +99,19 @@ def to_hf(
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error}. Nothing is left of it.") from None
     return out
+
+
+def read_architecture(extra: Mapping[str, Any], model: ModelConfig) -> str:
+    """The transformers class of a checkpoint: the one it was imported from where that computes the same.
+
+    Raises:
+        FormatError: the checkpoint names a class that this model is not.
+    """
+    computed = names.architecture(model)
+    stated = extra.get("architecture", computed)
+    if stated != computed and (stated, computed) != ("MistralForCausalLM", "LlamaForCausalLM"):
+        raise FormatError(f"the checkpoint names {stated}; its model is a {computed}.")
+    return str(stated)
 
 
 def parse_size(size: str | int) -> int:
@@ -201,6 +215,8 @@ def hf_config(config: RunConfig, architecture: str, vocab_size: int, eod: int | 
         return {"model_type": "qwen2", "use_sliding_window": False, **common}
     if architecture == "Qwen3ForCausalLM":
         return {"model_type": "qwen3", "use_sliding_window": False, **common}
+    if architecture == "MistralForCausalLM":
+        return {"model_type": "mistral", "sliding_window": None, **common}
     return {"model_type": "llama", "mlp_bias": False, **common}
 
 

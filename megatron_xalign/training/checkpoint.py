@@ -62,6 +62,7 @@ EXTRA_KEYS = ("config", "consumed_samples", "tokenizer_sha256", "vocab_size")
 
 _MAIN_WEIGHT = "optimizer.state.param."
 _OBSERVER = "observers."
+_EXTRA_STATE = "_extra_state"
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +151,10 @@ def load_checkpoint(
     folder = Path(folder)
     manifest = read_manifest(folder)
     _check_files(folder, manifest, ranks)
+    if manifest.get("weights_only"):
+        raise CheckpointError(
+            f"{folder} holds weights and no optimizer; a run starts from it with training.load_weights={folder}."
+        )
     _load_model(folder, model_chunks)
     if optimizer is not None:
         _load_optimizer(folder, model_chunks, optimizer, manifest)
@@ -176,7 +181,7 @@ def load_weights(folder: str | Path, model_chunks: Sequence[Any], ranks: Ranks) 
     folder = Path(folder)
     manifest = read_manifest(folder)
     _check_files(folder, manifest, ranks)
-    _load_model(folder, model_chunks)
+    _load_model(folder, model_chunks, weights_only=bool(manifest.get("weights_only")))
     return {"step": manifest["step"], "extra": manifest["extra"]}
 
 
@@ -477,10 +482,23 @@ def _optimizer_state(optimizer: Any, model_state: dict[str, Any], is_loading: bo
     return state
 
 
-def _load_model(folder: Path, model_chunks: Sequence[Any]) -> None:
-    loaded = _load_with_core(_model_state(model_chunks), folder)
+def _load_model(folder: Path, model_chunks: Sequence[Any], weights_only: bool = False) -> None:
+    state = _model_state(model_chunks)
+    if weights_only:
+        # What a converter writes has the numbers and none of the notes layers keep about themselves.
+        state = {
+            chunk: {name: value for name, value in parts.items() if not name.endswith(_EXTRA_STATE)}
+            for chunk, parts in state.items()
+        }
+    loaded = _load_with_core(state, folder)
     for number, chunk in enumerate(model_chunks):
-        unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=True)
+        missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=not weights_only)
+        absent = [name for name in missing if not name.endswith(_EXTRA_STATE)]
+        if absent or unexpected:
+            raise CheckpointError(
+                f"checkpoint {folder} does not fit this model: {', '.join([*absent, *unexpected])} in one and not in "
+                "the other."
+            )
 
 
 def _load_optimizer(folder: Path, model_chunks: Sequence[Any], optimizer: Any, manifest: dict[str, Any]) -> None:
