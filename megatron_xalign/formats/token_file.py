@@ -19,8 +19,8 @@
 Everything is little-endian. Megatron's ``IndexedDataset`` opens our files, and we open Megatron's (without companions:
 one language per file).
 
-This module is the door; the work is in ``token_file_layout`` (where things lie), ``_reader``, ``_writer`` over
-``_columns``, ``_structure`` (walking through all of a file), ``_check``, ``_merge`` and ``_statistics``.
+This module is the door; the work is in ``token_file_manifest``, ``_layout`` (where things lie), ``_reader``, ``_writer``
+over ``_columns``, ``_structure`` (walking through all of a file), ``_check``, ``_merge`` and ``_statistics``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatron_xalign.formats.token_file_check import (
     sample_documents,
     verify_token_file,
 )
-from megatron_xalign.formats.token_file_layout import (
+from megatron_xalign.formats.token_file_manifest import (
     LONGEST_DOCUMENT_TOKENS,
     MANIFEST_FORMAT,
     MANIFEST_VERSION,

@@ -20,13 +20,15 @@ from megatron_xalign.formats.token_file_layout import (
     ColumnReader,
     IndexLayout,
     SpansLayout,
+    chunks,
+    read_index_layout,
+    read_spans_layout,
+)
+from megatron_xalign.formats.token_file_manifest import (
     TokenizerIdentity,
     check_same_tokenizer,
-    chunks,
     companion,
-    read_index_layout,
     read_manifest,
-    read_spans_layout,
     size_of,
 )
 from megatron_xalign.formats.token_file_reader import (

@@ -20,16 +20,14 @@ from megatron_xalign.errors import FormatError
 from megatron_xalign.formats.atomic import cannot_write, json_bytes, whole_files
 from megatron_xalign.formats.token_file_layout import (
     CHUNK,
-    CODE_OF,
-    COMPANIONS,
     IDX_HEADER,
     IDX_MAGIC,
     SPANS_HEADER,
     SPANS_MAGIC,
     SPANS_VERSION,
     chunks,
-    companion,
 )
+from megatron_xalign.formats.token_file_manifest import CODE_OF, COMPANIONS, companion
 
 if TYPE_CHECKING:
     from hashlib import _Hash

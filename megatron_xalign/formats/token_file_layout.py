@@ -1,4 +1,4 @@
-"""Where everything lies in a token file: headers, columns of numbers, the manifest. Format: :mod:`.token_file`."""
+"""Where everything lies in a token file: headers and columns of numbers. Format: :mod:`.token_file`."""
 
 # T tokens, D documents, Q sequences, M document indices, S spans, K languages
 
@@ -6,32 +6,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 
 from megatron_xalign.errors import FormatError
-from megatron_xalign.formats.atomic import cannot_read, read_json
-
-Origin = Literal["monolingual", "parallel"]
-
-NO_LANGUAGE = -1
-"""Language index of end-of-document and template tokens."""
-MANIFEST_FORMAT = "megatron-xalign token file"
-MANIFEST_VERSION = 1
-COMPANIONS = ("bin", "idx", "spans")
-"""The files a manifest has checksums of."""
-MOST_LANGUAGES = 127
-"""A language index is an int8."""
-LONGEST_DOCUMENT_TOKENS = (1 << 31) - 1
-"""Megatron's index counts in int32."""
+from megatron_xalign.formats.atomic import cannot_read
+from megatron_xalign.formats.token_file_manifest import MOST_LANGUAGES, are_languages, companion, size_of
 
 IDX_MAGIC = b"MMIDIDX\x00\x00"
 IDX_HEADER = struct.Struct("<9sQBQQ")
@@ -40,44 +26,9 @@ SPANS_HEADER = struct.Struct("<8sIIQQQ")
 SPANS_VERSION = 1
 # Megatron's codes; 6 and 7 are floating point and hold no tokens.
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-CODE_OF = {"uint16": 8, "int32": 4}
 CHUNK = 1 << 20
 """Whole files are gone through in pieces of this many items, so that memory stays small."""
-_LARGEST_MANIFEST_BYTES = 1 << 28
 _LARGEST_LANGUAGE_LIST_BYTES = 1 << 20
-
-
-class TokenizerIdentity(Protocol):
-    """What of a tokenizer a token file depends on."""
-
-    @property
-    def sha256(self) -> str: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def eod(self) -> int: ...
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The width tokens are stored in: uint16 up to 65,536 ids, int32 above.
-
-    Args:
-        vocab_size: number of token ids.
-
-    Returns:
-        ``uint16`` or ``int32``.
-    """
-    # Megatron's writer turns to int32 at 65,500 ids; but its fast index path and datatrove never look at the header and
-    # take uint16 up to 65,536. Between the two limits uint16 is the one width that all of them read right: those
-    # that read the header find it there, the others assume it.
-    if vocab_size <= 0:
-        raise ValueError(f"vocab_size={vocab_size} must be positive.")
-    return np.dtype("uint16") if vocab_size <= 1 << 16 else np.dtype("int32")
-
-
-def companion(prefix: str | Path, kind: str) -> Path:
-    """Path of one file of a prefix; ``kind`` is ``bin``, ``idx``, ``spans`` or ``manifest.json``."""
-    return Path(f"{prefix}.{kind}")
 
 
 def chunks(total: int, size: int = CHUNK, begin: int = 0) -> Iterator[tuple[int, int]]:
@@ -169,23 +120,6 @@ class ColumnReader:
                 raise FormatError(f"{self.path} ends at byte {at + done:,}; it was cut short while it was read.")
             done += count
         return array
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a regular file.
-
-    Raises:
-        FormatError: it is missing, or a folder, pipe or device.
-    """
-    try:
-        found = path.stat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        raise FormatError(f"{path} does not exist; a token file needs it.") from None
-    except OSError as error:
-        raise cannot_read(path, error) from None
-    if not stat.S_ISREG(found.st_mode):
-        raise FormatError(f"{path} is not a regular file.")
-    return found.st_size
 
 
 def _read_head(path: Path, num_bytes: int) -> bytes:
@@ -331,7 +265,7 @@ def read_spans_layout(prefix: str | Path) -> SpansLayout:
         languages = json.loads(_read_head(path, at)[SPANS_HEADER.size :])
     except (ValueError, RecursionError):
         raise FormatError(f"{path}: its list of languages is not JSON; it is damaged.") from None
-    if not _are_languages(languages):
+    if not are_languages(languages):
         raise FormatError(f"{path}: its list of languages is not up to {MOST_LANGUAGES} different codes; damaged.")
     layout = SpansLayout(path, languages, documents, tokens, spans, at)
     with ColumnReader(path) as reader:
@@ -342,109 +276,3 @@ def read_spans_layout(prefix: str | Path) -> SpansLayout:
             "it is damaged."
         )
     return layout
-
-
-# --- .manifest.json ---------------------------------------------------------------------------------------------------
-
-
-def read_manifest(prefix: str | Path) -> dict[str, Any]:
-    """Read ``PREFIX.manifest.json`` and check that every field readers rely on is there and of its type.
-
-    Raises:
-        FormatError: it is missing, not ours, of another version, or a field is missing or malformed.
-    """
-    path = companion(prefix, "manifest.json")
-    if size_of(path) > _LARGEST_MANIFEST_BYTES:
-        raise FormatError(f"{path} is not the manifest of a token file: it has {size_of(path):,} bytes.")
-    manifest: Any = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
-        raise FormatError(f"{path} is not the manifest of a token file.")
-    if manifest.get("version") != MANIFEST_VERSION:
-        raise FormatError(
-            f"{path} is of version {manifest.get('version')!r}; this package reads version {MANIFEST_VERSION}."
-        )
-
-    def check(good: bool, field: str) -> None:
-        if not good:
-            raise FormatError(f"{path}: {field} is missing or malformed.")
-
-    check(manifest.get("origin") in ("monolingual", "parallel"), "origin")
-    languages = manifest.get("languages")
-    check(_are_languages(languages), "languages")
-    for name in ("documents", "tokens", "content_tokens"):
-        check(_is_count(manifest.get(name)), name)
-    check(_is_by_language(manifest.get("tokens_by_language"), languages), "tokens_by_language")
-    # Files of earlier versions of this package have none of these.
-    for name in ("sequences", "spans", "shortest_document_tokens", "longest_document_tokens"):
-        check(name not in manifest or _is_count(manifest[name]), name)
-    name = "documents_by_language"
-    check(name not in manifest or _is_by_language(manifest[name], languages), name)
-    check(isinstance(manifest.get("content_is_regular", False), bool), "content_is_regular")
-    check(_are_shards(manifest.get("shards", [])), "shards")
-    check(isinstance(manifest.get("name", ""), str), "name")
-    check(manifest.get("dtype") in CODE_OF if isinstance(manifest.get("dtype"), str) else False, "dtype")
-    tokenizer: Any = manifest.get("tokenizer")
-    check(isinstance(tokenizer, dict), "tokenizer")
-    good = all(_is_count(tokenizer.get(name)) for name in ("vocab_size", "eod")) and tokenizer["vocab_size"] > 0
-    check(good and isinstance(tokenizer.get("sha256"), str), "tokenizer")
-    files: Any = manifest.get("files")
-    check(isinstance(files, dict) and sorted(files) == sorted(COMPANIONS), "files")
-    for stated in files.values():
-        check(isinstance(stated, dict) and _is_sha256(stated.get("sha256")) and _is_count(stated.get("bytes")), "files")
-    return manifest
-
-
-def check_same_tokenizer(manifest: Mapping[str, Any], tokenizer: TokenizerIdentity) -> None:
-    """Refuse a token file that another tokenizer made.
-
-    Args:
-        manifest: a token file's manifest; ``{}`` (Megatron's own files) says nothing and passes.
-        tokenizer: the tokenizer it is to be used with.
-
-    Raises:
-        FormatError: the hashes differ.
-    """
-    if manifest and manifest["tokenizer"]["sha256"] != tokenizer.sha256:
-        raise FormatError(
-            f"{manifest.get('name', 'the token file')} was made with tokenizer "
-            f"{ascii(manifest['tokenizer']['sha256'])[1:13]} ({manifest['tokenizer']['vocab_size']:,} ids), not with "
-            f"{tokenizer.sha256[:12]} ({tokenizer.vocab_size:,} ids); preprocess the text again or name the tokenizer "
-            "it was made with."
-        )
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
-def _is_sha256(value: object) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
-
-
-def _are_languages(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) <= MOST_LANGUAGES
-        and all(isinstance(code, str) and is_language_code(code) for code in value)
-        and len(set(value)) == len(value)
-    )
-
-
-def is_language_code(code: str) -> bool:
-    """Whether a language may be called so; what is not printable would be a trap in every message and table."""
-    return bool(code) and code.isprintable()
-
-
-def _is_by_language(value: object, languages: Any) -> bool:
-    return isinstance(value, dict) and list(value) == languages and all(map(_is_count, value.values()))
-
-
-def _are_shards(value: object) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(shard, dict)
-        and isinstance(shard.get("name"), str)
-        and _is_count(shard.get("documents"))
-        and _is_count(shard.get("tokens"))
-        and _is_sha256(shard.get("sha256"))
-        for shard in value
-    )

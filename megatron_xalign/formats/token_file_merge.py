@@ -20,17 +20,19 @@ from megatron_xalign.errors import ConfigError, FormatError
 from megatron_xalign.formats.atomic import sha256_of
 from megatron_xalign.formats.token_file_layout import (
     CHUNK,
-    MOST_LANGUAGES,
-    NO_LANGUAGE,
     ColumnReader,
     IndexLayout,
-    Origin,
     SpansLayout,
-    TokenizerIdentity,
     chunks,
-    companion,
     read_index_layout,
     read_spans_layout,
+)
+from megatron_xalign.formats.token_file_manifest import (
+    MOST_LANGUAGES,
+    NO_LANGUAGE,
+    Origin,
+    TokenizerIdentity,
+    companion,
     token_dtype,
 )
 from megatron_xalign.formats.token_file_reader import files_present, open_by_sizes

@@ -14,18 +14,20 @@ import numpy as np
 from megatron_xalign.errors import FormatError
 from megatron_xalign.formats.atomic import cannot_read
 from megatron_xalign.formats.token_file_layout import (
-    COMPANIONS,
-    NO_LANGUAGE,
     ColumnReader,
     IndexLayout,
-    Origin,
     SpansLayout,
     chunks,
+    read_index_layout,
+    read_spans_layout,
+)
+from megatron_xalign.formats.token_file_manifest import (
+    COMPANIONS,
+    NO_LANGUAGE,
+    Origin,
     companion,
     is_language_code,
-    read_index_layout,
     read_manifest,
-    read_spans_layout,
     size_of,
 )
 from megatron_xalign.formats.token_file_structure import (

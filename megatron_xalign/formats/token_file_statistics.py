@@ -12,16 +12,8 @@ from typing import Any
 import numpy as np
 
 from megatron_xalign.errors import FormatError
-from megatron_xalign.formats.token_file_layout import (
-    CHUNK,
-    NO_LANGUAGE,
-    ColumnReader,
-    TokenizerIdentity,
-    check_same_tokenizer,
-    chunks,
-    read_index_layout,
-    read_spans_layout,
-)
+from megatron_xalign.formats.token_file_layout import CHUNK, ColumnReader, chunks, read_index_layout, read_spans_layout
+from megatron_xalign.formats.token_file_manifest import NO_LANGUAGE, TokenizerIdentity, check_same_tokenizer
 from megatron_xalign.formats.token_file_reader import TokenFile, files_present, open_by_sizes
 from megatron_xalign.formats.token_file_structure import (
     SpanPiece,

@@ -16,15 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_xalign.errors import FormatError
-from megatron_xalign.formats.token_file_layout import (
-    CHUNK,
-    LONGEST_DOCUMENT_TOKENS,
-    NO_LANGUAGE,
-    ColumnReader,
-    IndexLayout,
-    SpansLayout,
-    chunks,
-)
+from megatron_xalign.formats.token_file_layout import CHUNK, ColumnReader, IndexLayout, SpansLayout, chunks
+from megatron_xalign.formats.token_file_manifest import LONGEST_DOCUMENT_TOKENS, NO_LANGUAGE
 from megatron_xalign.progress import progress_bar
 
 

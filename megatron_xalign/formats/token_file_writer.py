@@ -14,7 +14,7 @@ import numpy as np
 from megatron_xalign import __version__
 from megatron_xalign.errors import CorpusError
 from megatron_xalign.formats.token_file_columns import TokenFileColumns
-from megatron_xalign.formats.token_file_layout import (
+from megatron_xalign.formats.token_file_manifest import (
     LONGEST_DOCUMENT_TOKENS,
     MANIFEST_FORMAT,
     MANIFEST_VERSION,

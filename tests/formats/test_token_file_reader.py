@@ -301,7 +301,7 @@ def originals(tmp_path_factory, token_files) -> list[dict[str, bytes]]:
     return made
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     sentences=st.booleans(), kind=st.sampled_from(KINDS[:3]), changes=st.lists(change, min_size=1, max_size=3),
     consistent=st.booleans(),
@@ -327,7 +327,7 @@ def test_no_damage_to_index_spans_or_tokens_does_more_than_raise(
             verify_token_file(tmp_path / "x", progress=False)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(sentences=st.booleans(), changes=st.lists(change_of_manifest, min_size=1, max_size=3))
 def test_no_manifest_does_more_than_raise(tmp_path: Path, originals, sentences: bool, changes: list) -> None:
     for name, data in originals[sentences].items():

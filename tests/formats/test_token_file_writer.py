@@ -150,10 +150,15 @@ def test_every_reader_agrees_on_the_ids_around_the_limits_of_uint16(tmp_path: Pa
     assert read[0]["input_ids"].tolist() == flat
 
 
-def test_megatrons_own_width_would_not_be_read_by_its_fast_path() -> None:
-    """Why ours differs from Megatron's writer between 65,500 and 65,536 ids: the reason fails when that is mended."""
+def test_the_width_of_megatrons_writer_is_misread_by_its_own_fast_path(tmp_path: Path, megatron_builder) -> None:
+    """Why ours differs from Megatron's writer between 65,500 and 65,536 ids; fails when that is mended."""
     indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
     optimal = indexed_dataset.DType.optimal_dtype
+    megatron_builder(tmp_path / "m", [[[1, 65_535, 7, 0]]], optimal(65_536))
+    assert indexed_dataset.IndexedDataset(str(tmp_path / "m"))[0].tolist() == [1, 65_535, 7, 0]
+    uint16 = indexed_dataset.DType.code_from_dtype(np.uint16)
+    fast = indexed_dataset.IndexedDataset(str(tmp_path / "m"), sequences_per_dataset=(1, 2), dtype_code=uint16)
+    assert fast[0].tolist() == [1, 0, 65_535, 0]
     assert [np.dtype(optimal(size)).name for size in WIDTHS] == ["uint16", *["int32"] * 5]
     assert [token_dtype(size).name for size in WIDTHS] == [*["uint16"] * 5, "int32"]
 
