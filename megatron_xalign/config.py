@@ -62,6 +62,8 @@ class ModelConfig:
     """Whether input embedding and output projection are two matrices."""
     init_method_std: float = 0.02
     """Standard deviation of the normal initialisation; outputs of a layer get it divided by sqrt(2 * num_layers)."""
+    vocab_size: int | None = None
+    """Ids the model has; default: as many as the tokenizer. Imported models may have more."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size, as Megatron pads it."""
 
@@ -81,6 +83,9 @@ class ModelConfig:
         _require(
             not (self.normalization == "LayerNorm" and (self.qk_layernorm or self.add_qkv_bias)),
             "normalization=LayerNorm (OLMo) goes without qk_layernorm and add_qkv_bias; no known model has both.",
+        )
+        _require(
+            self.vocab_size is None or self.vocab_size > 0, f"vocab_size={self.vocab_size} must be positive."
         )
         _require(
             self.rope_scaling_factor is None or self.rope_scaling_factor >= 1.0,
@@ -342,6 +347,9 @@ class TrainingConfig:
     """Samples of one forward pass on one rank."""
     params_dtype: Literal["fp32", "bf16"] = "fp32"
     """``bf16`` keeps fp32 main weights and gradients."""
+    load_weights: str | None = None
+    """Checkpoint whose weights the run starts from (``xalign convert from-hf``, or another run's); optimizer and data
+    start afresh."""
     recompute: Literal["none", "full"] = "none"
     """``full`` recomputes every layer's forward in the backward pass to save memory."""
     log_interval_steps: int = 10

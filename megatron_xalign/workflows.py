@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +18,7 @@ from megatron_xalign.formats.run_folder import RunFolder, check_same_run, comman
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
+    from megatron_xalign.data.inputs import Fields, InputFormat
     from megatron_xalign.data.job_settings import JobSettings
     from megatron_xalign.data.preprocess import Outcome
 
@@ -84,19 +86,53 @@ def corpus_languages(corpus: Path) -> tuple[str, str]:
     return read_corpus_folder(corpus).languages
 
 
-def train_tokenizer(corpus: Path, out: Path, vocab_size: int, model: Literal["bpe", "unigram"]) -> dict[str, Any]:
+def train_tokenizer(
+    corpus: Path, out: Path, vocab_size: int, model: Literal["bpe", "unigram"], **options: Any
+) -> dict[str, Any]:
     """Train a tokenizer on a corpus folder, languages balanced; return its manifest with the fertility report.
 
     One already there that was trained on the same text with the same settings is kept.
     """
-    from megatron_xalign.data import tokenizer
     from megatron_xalign.data.corpus_folder import read_corpus_folder
 
     text = read_corpus_folder(corpus)
-    recipe = {"corpus": text.sha256, "vocab_size": vocab_size, "model": model}
+    return _train_tokenizer(text.texts_by_language(), {"corpus": text.sha256}, out, vocab_size, model, options)
+
+
+def train_tokenizer_on_files(
+    inputs: Sequence[str | Path],
+    fields: Sequence[Fields],
+    out: Path,
+    vocab_size: int,
+    model: Literal["bpe", "unigram"],
+    *,
+    input_format: InputFormat | Literal["auto"] = "auto",
+    **options: Any,
+) -> dict[str, Any]:
+    """The same on any files that preprocessing reads; malformed lines are passed over."""
+    from megatron_xalign.data.corpus_sample import texts_of
+    from megatron_xalign.data.inputs import find_inputs, plan_parts
+
+    texts: Iterator[tuple[str, str]] = iter(())
+    identity: list[Any] = []
+    for one in fields:
+        found = find_inputs(inputs, format=input_format, fields=one)
+        pieces = [piece for part in plan_parts(found, one) for piece in part.pieces]
+        texts = itertools.chain(texts, texts_of(pieces, one))
+        identity.append([one.to_tree(), [[str(file.path), file.num_bytes, file.mtime_ns] for file in found]])
+    return _train_tokenizer(texts, {"files": identity}, out, vocab_size, model, options)
+
+
+def _train_tokenizer(
+    texts: Any, source: dict[str, Any], out: Path, vocab_size: int, model: Literal["bpe", "unigram"],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    from megatron_xalign.data import tokenizer
+
+    recipe = json.loads(json.dumps({**source, "vocab_size": vocab_size, "model": model, **options}, default=str))
     recipe_path = out / "recipe.json"
     if not recipe_path.is_file() or read_json(recipe_path) != recipe:
-        tokenizer.train_tokenizer(text.texts_by_language(), out, vocab_size, model=model)
+        tokenizer.train_tokenizer(texts, out, vocab_size, model=model, **options)
         write_json(recipe_path, recipe)
     return read_json(out / "manifest.json")
 
