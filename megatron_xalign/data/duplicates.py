@@ -217,10 +217,11 @@ def _band_keys(sketches_B: NDArray[np.uint8], rows: int) -> NDArray[np.uint64]:
     words: NDArray[np.uint64] = np.ascontiguousarray(sketches_B).view(f"<u{min(rows, 8)}").astype(np.uint64)
     if rows == 16:
         words = _mix(words[:, 0::2]) + words[:, 1::2]
-    num_bands = words.shape[1]
+    num_bands = np.uint64(words.shape[1])
+    bands_R = np.arange(num_bands, dtype=np.uint64)
+    mixed = _mix(words + bands_R * np.uint64(0x9E3779B97F4A7C15))
     # The lowest bits name the band; the highest choose the bucket.
-    mixed = _mix(words)
-    return mixed - mixed % np.uint64(num_bands) + np.arange(num_bands, dtype=np.uint64)
+    return mixed - mixed % num_bands + bands_R
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:

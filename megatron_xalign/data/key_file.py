@@ -30,7 +30,7 @@ _MAGIC = b"XAKEYS\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<8sIIQ16s32s")
 # SHA-256 is computed over pieces of this size.
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES = 1 << 18
 
 
 def key_dtype(near: bool) -> np.dtype[Any]:
