@@ -365,7 +365,7 @@ def _add_tokenizer(verbs: Any) -> None:
     train.add_argument("out", type=Path, help="folder to write")
     train.add_argument("--vocab-size", type=_positive, default=4096, help="entries, special ones too (default: 4096)")
     train.add_argument("--model", choices=("bpe", "unigram"), default="bpe", help="default: bpe (byte-level)")
-    train.add_argument("--split", default="gpt2", metavar="NAME", help="pattern that cuts text into words (default: gpt2)")
+    train.add_argument("--split", default="gpt2", metavar="NAME", help="how text is cut into words (default: gpt2)")
     train.add_argument(
         "--temperature", type=float, default=None, metavar="T",
         help="a language weighs bytes ** (1 / T): 1 as the corpus has it, inf all the same (default: 3.33)",

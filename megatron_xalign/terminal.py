@@ -4,42 +4,152 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_xalign.formats.results import Results
 
+if TYPE_CHECKING:
+    from megatron_xalign.data.preprocess import Outcome
+
+_MOST_FILES, _MOST_FREQUENT = 20, 10
 _SHOWN = ("retrieval_centred", "retrieval", "cosine_gap", "cka", "cka_permuted", "pwcca", "pwcca_permuted", "mexa")
 
 
 def describe_tokenizer(manifest: Mapping[str, Any]) -> str:
     """A tokenizer's size and, per language, how many tokens it spends on a word."""
-    lines = [f"{manifest['model']} tokenizer of {manifest['vocab_size']:,} entries, sha256 {manifest['sha256'][:12]}"]
+    padded = manifest["padded_vocab"]["size"]
+    lines = [
+        f"{manifest['model']} tokenizer of {manifest['vocab_size']:,} entries (padded to {padded:,} for training), "
+        f"end of document {manifest['eod_token']} = {manifest['eod']}, sha256 {manifest['sha256'][:12]}"
+    ]
     for language, facts in manifest["languages"].items():
         lines.append(
             f"  {language:10s}{facts['tokens_per_word']:6.2f} tokens a word, "
-            f"{facts['tokens_per_character']:.3f} a character"
+            f"{facts['tokens_per_character']:.3f} a character, {facts['bytes_per_token']:.2f} bytes a token, "
+            f"{facts['unknown_rate']:.3%} unknown, {facts['byte_rate']:.3%} single bytes"
         )
     return "\n".join(lines)
 
 
-def describe_token_file(manifest: Mapping[str, Any], prefix: Path) -> str:
-    """What a token file holds and what was left out of it."""
-    counts = manifest["counts"]
+def describe_token_file(manifest: Mapping[str, Any], prefix: Path | str) -> str:
+    """What a token file holds, and what was left out of it and why."""
+    pairing = manifest.get("pairing")
     lines = [
-        f"{prefix}: {manifest['origin']}, {manifest['documents']:,} documents, {manifest['tokens']:,} tokens "
-        f"({manifest['dtype']}), {counts['empty']} empty texts left out"
+        f"{prefix}: {manifest['origin']}{f' ({pairing})' if pairing else ''}, {manifest['documents']:,} documents, "
+        f"{manifest['tokens']:,} tokens ({manifest['dtype']})"
     ]
-    lines += [f"  {language:10s}{tokens:12,} tokens" for language, tokens in manifest["tokens_by_language"].items()]
-    lines += [f"  skipped {number:,} lines: {reason}" for reason, number in counts["skipped_lines"].items()]
+    lines += [f"  {language:10s}{tokens:14,} tokens" for language, tokens in manifest["tokens_by_language"].items()]
+    counts = manifest.get("counts")
+    if counts:
+        rows = [("read", counts["read"]), ("empty", counts["empty"])]
+        rows += [(f"left out: {reason}", number) for reason, number in counts.get("filtered", {}).items()]
+        rows += [(f"left out: {reason}", number) for reason, number in counts.get("duplicates", {}).items()]
+        rows += [(f"line skipped: {reason}", number) for reason, number in counts["skipped_lines"].items()]
+        rows += [(f"language not checked: {why}", number) for why, number in manifest.get("not_checked", {}).items()]
+        lines += [f"{number:14,}  {what}" for what, number in rows if number or what == "read"]
+    lines += [f"  skipped {example}" for example in manifest.get("examples_of_skipped", ())]
+    if manifest.get("pairing_facts"):
+        lines += [f"  {name.replace('_', ' ')}: {value}" for name, value in manifest["pairing_facts"].items()]
     return "\n".join(lines)
 
 
-def describe_verified(prefix: Path, report: Mapping[str, Any]) -> str:
-    """What a token file was checked for, and what is in it."""
-    return (
+def describe_preprocessed(outcome: Outcome) -> str:
+    """What a preprocessing job made and what it took."""
+    lines = [describe_token_file(manifest, prefix) for prefix, manifest in outcome.manifests.items()]
+    engine = next(iter(outcome.manifests.values()))["engine"]
+    figures = outcome.figures
+    if figures is None:
+        return "\n".join([*lines, "  up to date with its input; kept"])
+    proved = engine.get("proved")
+    how = f"same ids as {proved['reference']} on {proved['documents']:,} documents" if proved else engine["reason"]
+    lines.append(f"  tokenised by {engine['library']} ({how})")
+    if "megabytes_per_second" in figures:
+        kept = f", {figures['parts_kept']} of {figures['parts']} parts from before" if figures["parts_kept"] else ""
+        lines.append(
+            f"  {figures['megabytes_per_second']:.2f} MB/s of text, {figures['tokens_per_second']:,} tokens/s with "
+            f"{figures['workers']} worker{'s' * (figures['workers'] != 1)}, peak memory "
+            f"{figures['peak_memory_bytes'] / 1e6:,.0f} MB, {figures['seconds']:.1f} s in all{kept}"
+        )
+    return "\n".join(lines)
+
+
+def describe_preprocessing_plan(plan: Mapping[str, Any]) -> str:
+    """What a preprocessing job would do."""
+    inputs, engine, estimate = plan["inputs"], plan["engine"], plan["estimate"]
+    lines = [f"{plan['output_prefix']}: {len(inputs):,} input files, {sum(item['bytes'] for item in inputs):,} bytes"]
+    lines += [
+        f"  {item['path']}  {item['format']}{'.' + item['compression'] if item['compression'] else ''}, "
+        f"{item['bytes']:,} bytes{', ' + item['language'] if item['language'] else ''}"
+        for item in inputs[:_MOST_FILES]
+    ]
+    lines += [f"  ... and {len(inputs) - _MOST_FILES:,} more"] if len(inputs) > _MOST_FILES else []
+    languages = ", ".join(plan["languages"]) if plan["languages"] is not None else "as the records say"
+    tokenizer = plan["tokenizer"]
+    lines += [
+        f"  languages: {languages}",
+        f"  tokenizer: {tokenizer['kind']}, {tokenizer['vocab_size']:,} ids, end of document {tokenizer['eod']}, "
+        f"sha256 {tokenizer['sha256'][:12]}",
+        f"  engine: {engine['library']}"
+        + (f" ({engine['reason']})" if "reason" in engine else f", same ids as {engine['proved']['reference']}"),
+    ]
+    lines += [f"  sentences of {code}: {item['model']}" for code, item in (plan["sentences"] or {}).items()]
+    if plan["is_finished"]:
+        return "\n".join([*lines, "  is there already, up to date; nothing would be done"])
+    lines += [
+        f"  {plan['parts']:,} parts ({plan['parts_done']:,} done), "
+        f"{plan['workers']} worker{'s' * (plan['workers'] != 1)}",
+        f"  about {estimate['text_bytes'] / 1e6:,.1f} MB of text, {estimate['tokens'] / 1e6:,.2f} M tokens, "
+        f"{estimate['output_bytes'] / 1e6:,.1f} MB of files (twice that while they are joined), "
+        f"{estimate['seconds']:,.0f} s and up",
+    ]
+    return "\n".join(lines)
+
+
+def describe_verified(report: Mapping[str, Any]) -> str:
+    """What a token file was checked for, what is wrong with it, what is in it, and some of it."""
+    prefix = report["prefix"]
+    if not report["good"]:
+        problems = [f"  {item['check']}: {item['message']}" for item in report["problems"]]
+        return "\n".join([f"{prefix}: BAD", *problems])
+    lines = [
         f"{prefix}: good ({', '.join(report['checked'])}); {report['documents']:,} documents, {report['tokens']:,} "
         f"tokens, largest id {report['largest_id']}"
-    )
+    ]
+    for document in report["sample"]:
+        lines.append(f"  document {document['document']:,}, {document['tokens']:,} tokens")
+        if "text" in document:
+            lines += [f"    [{piece['language'] or '-'}] {piece['text']!r}" for piece in document["text"]]
+        else:
+            lines.append(f"    {' '.join(map(str, document['ids'][:24]))}")
+    return "\n".join(lines)
+
+
+def describe_statistics(counts: Mapping[str, Any]) -> str:
+    """How many documents and tokens a token file has, how long documents are, which tokens are frequent."""
+    lengths = counts["document_tokens"]
+    lines = [
+        f"{counts['prefix']}: {counts['origin']}, {counts['documents']:,} documents, {counts['tokens']:,} tokens "
+        f"({counts['dtype']}), {counts['distinct_ids']:,} different ids"
+    ]
+    lines += [
+        f"  {code:10s}{tokens:14,} tokens in {counts['documents_by_language'][code]:,} documents"
+        for code, tokens in counts["tokens_by_language"].items()
+    ]
+    if lengths["mean"] is not None:
+        quantiles = lengths["quantiles"]
+        lines.append(
+            f"  tokens a document: mean {lengths['mean']:.1f}, {lengths['shortest']:,} to {lengths['longest']:,}; "
+            + ", ".join(f"{float(share):.0%} {value:,}" for share, value in quantiles.items())
+        )
+    for code, side in counts.get("sides", {}).items():
+        if side["document_tokens"]["mean"] is not None:
+            lines.append(f"  {code}: {side['document_tokens']['mean']:.1f} tokens a side")
+    if counts.get("length_ratio", {}).get("mean") is not None:
+        lines.append(f"  longer side by shorter: {counts['length_ratio']['mean']:.2f} on average")
+    frequent = [
+        f"{token.get('text', token['id'])!r} {token['share']:.1%}" for token in counts["frequent_ids"][:_MOST_FREQUENT]
+    ]
+    return "\n".join([*lines, f"  frequent: {', '.join(frequent)}"])
 
 
 def describe_results(run: Path, results: Results) -> str:

@@ -129,7 +129,9 @@ def _train_tokenizer(
 ) -> dict[str, Any]:
     from megatron_xalign.data import tokenizer
 
-    recipe = json.loads(json.dumps({**source, "vocab_size": vocab_size, "model": model, **options}, default=str))
+    # As it comes back from a file; infinity is no JSON.
+    plain = {name: str(value) if isinstance(value, float) else value for name, value in options.items()}
+    recipe = json.loads(json.dumps({**source, "vocab_size": vocab_size, "model": model, **plain}))
     recipe_path = out / "recipe.json"
     if not recipe_path.is_file() or read_json(recipe_path) != recipe:
         tokenizer.train_tokenizer(texts, out, vocab_size, model=model, **options)

@@ -12,7 +12,10 @@ import pytest
 from megatron_xalign.cli import build_parser, main
 from megatron_xalign.formats.atomic import write_json
 
-VERBS = ("quickstart", "corpus", "tokenizer", "preprocess", "verify", "blend", "train", "analyze", "convert", "report")
+VERBS = (
+    "quickstart", "corpus", "tokenizer", "preprocess", "verify", "merge", "stats", "pairing",
+    "blend", "train", "analyze", "convert", "report", "doctor",
+)
 
 
 def parsers(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
@@ -53,8 +56,24 @@ def test_a_tool_is_a_door_to_one_verb(capsys: pytest.CaptureFixture[str]) -> Non
         (("quickstart", "--steps", "0"), "'0' is not a positive whole number"),
         (("quickstart", "--seed", "-1"), "'-1' is not a whole number of 0 or more"),
         (("corpus", "out", "--monolingual", "en.jsonl"), "is not of the form LANGUAGE=FILE"),
-        (("preprocess", "x", "--tokenizer", "t", "--output-prefix", "p", "--pairs", "a,b,c"), "names 3 languages"),
-        (("preprocess", "x", "--tokenizer", "t", "--output-prefix", "p"), "one of the arguments --language --pairs"),
+        (("preprocess", "x", "--tokenizer", "t", "--output-prefix", "p", "--pairs", "a,a"), "not a list of different codes"),
+        (
+            ("preprocess", "x", "--tokenizer", "t", "--output-prefix", "p", "--pairs", "a,b", "--language", "a"),
+            "not allowed with argument",
+        ),
+        (
+            ("preprocess", "x", "--tokenizer", "t", "--output-prefix", "p", "--part-bytes", "64Q"),
+            "is not a size in bytes such as 64M",
+        ),
+        (
+            ("preprocess", "x", "--tokenizer", "t", "--output-prefix", "p", "--pairs", "a,b", "--pair-rule", "a_b"),
+            "is not pivot, all, or a list",
+        ),
+        (
+            ("preprocess", "x", "--tokenizer", "t", "--output-prefix", "p", "--language-map", "en"),
+            "is not a list of CODE=LANGUAGE",
+        ),
+        (("pairing", "x", "y"), "the following arguments are required: --pairing"),
     ],
 )
 def test_wrong_usage_is_named_and_exits_with_2(
@@ -82,6 +101,10 @@ def test_bad_input_is_one_line_with_the_way_out_and_exits_with_1(
         (("train", "MISSING"), "does not exist"),
         (("blend", "MISSING"), "does not exist"),
         (("verify", "MISSING"), "does not exist"),
+        (("merge", "OUT", "MISSING"), "does not exist"),
+        (("stats", "MISSING"), "does not exist"),
+        (("pairing", "MISSING", "OUT", "--pairing", "shuffled"), "does not exist"),
+        (("preprocess", "MISSING", "--language", "x", "--tokenizer", "MISSING", "--output-prefix", "OUT"), "does not exist"),
         (("analyze", "MISSING"), "holds no statistics"),
         (("report", "MISSING"), "does not exist"),
         (("convert", "to-hf", "MISSING", "OUT"), "does not exist"),

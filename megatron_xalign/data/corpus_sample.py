@@ -34,7 +34,7 @@ def sample_texts(
     total = 0
     for pieces in stretches:
         taken = 0
-        for code, text in _texts(pieces, fields):
+        for code, text in texts_of(pieces, fields):
             if taken >= share:
                 break
             if language in (None, code):
@@ -44,7 +44,7 @@ def sample_texts(
     if language is None or total >= most_characters:
         return
     total = 0
-    for code, text in _texts([piece for part in parts for piece in part.pieces], fields):
+    for code, text in texts_of([piece for part in parts for piece in part.pieces], fields):
         if code == language:
             yield code, text
             total += len(text)
@@ -75,7 +75,8 @@ def _stretches(parts: Sequence[Part]) -> list[list[Piece]]:
     return stretches
 
 
-def _texts(pieces: Sequence[Piece], fields: Fields) -> Iterator[tuple[str, str]]:
+def texts_of(pieces: Sequence[Piece], fields: Fields) -> Iterator[tuple[str, str]]:
+    """All texts of pieces in order with their languages; malformed lines are passed over."""
     reading = Reading()
     for batch in read_part(Part(0, tuple(pieces)), fields, on_error="skip", reading=reading, batch_bytes=_BATCH_BYTES):
         for index, text in enumerate(batch.texts):

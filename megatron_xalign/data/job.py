@@ -35,6 +35,8 @@ _FORMAT = "megatron-xalign preprocessing job"
 _FEWEST_PART_BYTES = 4 << 20
 _USUAL_PARTS = 64
 _COMPRESSION = 4
+# The proof takes about three seconds, in which the reference does so much.
+_FEWEST_PROVED_BYTES = 4 << 20
 _HASHED_AT_A_TIME = 1 << 22
 
 Source = Mapping[str, Any]
@@ -137,12 +139,16 @@ class Job:
         splitters = {
             language: splitter or _train(settings, parts, language) for language, splitter in survey.sentences.items()
         }
-        sample = [
-            piece
-            for language, text in sample_texts(parts, settings.fields)
-            for piece in (splitters[language].split(text) if language in splitters else [text])
-        ]
-        _, engine = choose_engine(survey.tokenizer, sample, settings.engine)
+        if settings.engine == "auto" and num_bytes < _FEWEST_PROVED_BYTES:
+            _, engine = choose_engine(survey.tokenizer, [], "reference")
+            engine |= {"reason": "there is so little text that proving a faster one would take longer"}
+        else:
+            sample = [
+                piece
+                for language, text in sample_texts(parts, settings.fields)
+                for piece in (splitters[language].split(text) if language in splitters else [text])
+            ]
+            _, engine = choose_engine(survey.tokenizer, sample, settings.engine)
         described = {language: splitter.describe() for language, splitter in splitters.items()}
         return cls(settings, tuple(parts), survey.languages, survey.recipe, engine, described, splitters)
 

@@ -82,7 +82,8 @@ def _join(job: Job, output: str, records: Sequence[Mapping[str, Any]], total: _T
             [Path(f"{part}.keys") for part in prefixes], near=settings.duplicate_rule == "near",
             work_folder=job.folder.path / JOINED, threshold=settings.near_threshold,
         )
-    details = _details(job, records, total, duplicates.total if duplicates is not None else Counter())
+    documents = sum(record["outputs"][output]["documents"] for record in records if output in record["outputs"])
+    details = _details(job, records, total, documents, duplicates.total if duplicates is not None else Counter())
     drop = _Drops(duplicates, len(prefixes)) if duplicates is not None else None
     if settings.pairing == "aligned":
         manifest = merge_token_files(prefixes, prefix, drop=drop, details=details, replace=True)
@@ -160,11 +161,14 @@ def _sum(counts: Iterator[Mapping[str, int]]) -> Counter[str]:
 
 
 def _details(
-    job: Job, records: Sequence[Mapping[str, Any]], total: _Totals, duplicates: Counter[str]
+    job: Job, records: Sequence[Mapping[str, Any]], total: _Totals, documents: int, duplicates: Counter[str]
 ) -> dict[str, Any]:
-    """What the manifest says beside what the token file's writer knows."""
+    """What the manifest says beside what the token file's writer knows.
+
+    What was read and left out is counted over the whole input, also where it became several token files;
+    ``duplicates`` and what is written are of the one file.
+    """
     settings, recipe = job.settings, job.recipe
-    documents = sum(facts["documents"] for record in records for facts in record["outputs"].values())
     details: dict[str, Any] = {
         "template": settings.template if settings.is_pairs else None,
         "direction": settings.direction if settings.is_pairs else None,
