@@ -19,8 +19,9 @@
 Everything is little-endian. Megatron's ``IndexedDataset`` opens our files, and we open Megatron's (without companions:
 one language per file).
 
-This module is the door; the work is in ``token_file_manifest``, ``_layout`` (where things lie), ``_reader``, ``_writer``
-over ``_columns``, ``_structure`` (walking through all of a file), ``_check``, ``_merge`` and ``_statistics``.
+This module is the door; the work is in ``token_file_manifest``, ``_layout`` (where things lie), ``_reader``,
+``_writer`` over ``_columns``, ``_structure`` (walking through all of a file), ``_check``, ``_merge`` and
+``_statistics``.
 """
 
 from __future__ import annotations

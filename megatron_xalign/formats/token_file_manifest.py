@@ -19,6 +19,14 @@ NO_LANGUAGE = -1
 """Language index of end-of-document and template tokens."""
 MANIFEST_FORMAT = "megatron-xalign token file"
 MANIFEST_VERSION = 1
+MANIFEST_FIELDS = frozenset(
+    (
+        "format", "version", "name", "origin", "languages", "sequences", "documents", "tokens", "spans",
+        "content_tokens", "tokens_by_language", "documents_by_language", "shortest_document_tokens",
+        "longest_document_tokens", "content_is_regular", "dtype", "tokenizer", "files", "package_version",
+    )
+)
+"""What every manifest says of its file; anything else is what it was made from."""
 COMPANIONS = ("bin", "idx", "spans")
 """The files a manifest has checksums of."""
 MOST_LANGUAGES = 127

@@ -28,6 +28,7 @@ from megatron_xalign.formats.token_file_layout import (
     read_spans_layout,
 )
 from megatron_xalign.formats.token_file_manifest import (
+    MANIFEST_FIELDS,
     MOST_LANGUAGES,
     NO_LANGUAGE,
     Origin,
@@ -49,14 +50,6 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 _LOG = logging.getLogger(__name__)
-# Fields of a manifest that say what this one file holds; they are counted anew.
-_OWN_FIELDS = frozenset(
-    (
-        "format", "version", "name", "origin", "languages", "sequences", "documents", "tokens", "spans",
-        "content_tokens", "tokens_by_language", "documents_by_language", "shortest_document_tokens",
-        "longest_document_tokens", "content_is_regular", "dtype", "tokenizer", "files", "package_version", "shards",
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,6 @@ class _Input:
     spans: SpansLayout | None
     manifest: dict[str, Any]
     languages: list[str]
-    drop: np.ndarray | None
 
 
 def merge_token_files(
@@ -105,7 +97,8 @@ def merge_token_files(
         prefixes: token files of one tokenizer and one origin, ours or Megatron's own. Their languages are united in
             order of appearance.
         out: prefix of the result; refused if there is a token file, unless it is an unfinished one of ours.
-        drop: for each prefix bool [D], true for documents to leave out, or None to keep all.
+        drop: for each prefix bool [D], true for documents to leave out, or None to keep all. Asked for one by one, so
+            that a sequence that reads them from a disk keeps memory small.
         details: further fields of the manifest. Left out, those of the inputs are joined: fields equal in all stay,
             ``inputs`` are put in one list, numbers in ``counts`` added up, and the rest is left out, ``recipe`` too.
         replace: overwrite a token file that is there.
@@ -130,7 +123,7 @@ def merge_token_files(
     if drop is not None and len(drop) != len(paths):
         raise ValueError(f"{len(drop)} drop lists for {len(paths)} prefixes.")
     _check_names(paths, out, replace)
-    inputs = [_open(path, mask, language) for path, mask in zip(paths, drop or [None] * len(paths), strict=True)]
+    inputs = [_open(path, language) for path in paths]
     identity, origin = _check_same(inputs, origin, tokenizer)
     languages = list(dict.fromkeys(code for item in inputs for code in item.languages))
     if len(languages) > MOST_LANGUAGES:
@@ -143,9 +136,9 @@ def merge_token_files(
         writer,
     ):
         shards, empty = [], 0
-        for item in inputs:
+        for number, item in enumerate(inputs):
             _LOG.debug("merging %s: %d documents", item.prefix, item.index.num_documents)
-            copy = _Copy(item, writer, threads, bar)
+            copy = _Copy(item, None if drop is None else drop[number], writer, threads, bar)
             shards.append(copy.run())
             empty += copy.empty
         further = dict(details) if details is not None else _joined([item.manifest for item in inputs])
@@ -171,17 +164,11 @@ def _check_names(paths: Sequence[Path], out: Path, replace: bool) -> None:
         raise ConfigError(f"{out} is there already ({', '.join(sorted(there))}); remove it or name another result.")
 
 
-def _open(path: Path, drop: np.ndarray | None, language: str | None) -> _Input:
+def _open(path: Path, language: str | None) -> _Input:
     ours = "manifest.json" in files_present(path)
     file = open_by_sizes(path, None if ours else language, None, "sizes")
-    index = read_index_layout(path)
-    if drop is not None:
-        drop = np.asarray(drop)
-        if drop.dtype != np.bool_ or drop.shape != (index.num_documents,):
-            raise ValueError(
-                f"the drop list of {path} is {drop.dtype} {list(drop.shape)}, not bool [{index.num_documents}]."
-            )
-    return _Input(path, index, read_spans_layout(path) if ours else None, file.manifest, file.languages, drop)
+    spans = read_spans_layout(path) if ours else None
+    return _Input(path, read_index_layout(path), spans, file.manifest, file.languages)
 
 
 def _check_same(
@@ -223,7 +210,8 @@ def _check_same(
 
 def _joined(manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The further fields of several manifests as those of one."""
-    names = dict.fromkeys(name for manifest in manifests for name in manifest if name not in _OWN_FIELDS)
+    of_one_file = MANIFEST_FIELDS | {"shards"}
+    names = dict.fromkeys(name for manifest in manifests for name in manifest if name not in of_one_file)
     joined: dict[str, Any] = {}
     for name in names:
         values = [manifest.get(name) for manifest in manifests]
@@ -253,10 +241,18 @@ def _added(counts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 class _Copy:
     """Copies one input into the writer: all of it, or the documents that are kept."""
 
-    def __init__(self, item: _Input, writer: TokenFileWriter, threads: Executor, bar: tqdm) -> None:
+    def __init__(
+        self, item: _Input, drop: np.ndarray | None, writer: TokenFileWriter, threads: Executor, bar: tqdm
+    ) -> None:
+        num_documents = item.index.num_documents
+        if drop is not None and (drop.dtype != np.bool_ or drop.shape != (num_documents,)):
+            raise ValueError(
+                f"the drop list of {item.prefix} is {drop.dtype} {list(drop.shape)}, not bool [{num_documents}]."
+            )
         self.empty = 0
         """Documents left out because they have no tokens."""
         self._item = item
+        self._drop = drop
         self._writer = writer
         self._threads = threads
         self._bar = bar
@@ -266,7 +262,7 @@ class _Copy:
         self._buffer = np.empty(CHUNK, dtype=item.index.dtype)
         self._given: _Hash = hashlib.sha256()
         # Without a drop list, what is given is the whole.
-        self._checks_whole = bool(item.manifest) and item.drop is not None
+        self._checks_whole = bool(item.manifest) and drop is not None
         self._whole: _Hash = hashlib.sha256() if self._checks_whole else self._given
         self._plain_spans = _SpansOfTokens(writer)
 
@@ -289,8 +285,8 @@ class _Copy:
                 lengths = np.diff(offsets)
                 kept = lengths > 0
                 self.empty += int(np.count_nonzero(~kept))
-                if item.drop is not None:
-                    kept &= ~item.drop[begin:end]
+                if self._drop is not None:
+                    kept &= ~self._drop[begin:end]
                 self._copy_index(reader, begin, end, kept)
                 # How far the documents of this piece move towards the beginning of the file.
                 dropped_before = np.cumsum(np.where(kept, 0, lengths)) - np.where(kept, 0, lengths)

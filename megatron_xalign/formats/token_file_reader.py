@@ -34,9 +34,9 @@ from megatron_xalign.formats.token_file_structure import (
     SpanWalk,
     Tally,
     check_first_sequences,
-    index_problems,
     offsets_of_pointers,
     read_offsets,
+    sequence_problems,
 )
 
 Check = Literal["index", "sizes"]
@@ -177,9 +177,13 @@ class TokenFile:
         Raises:
             FormatError: the index contradicts itself.
         """
-        for problem in index_problems(self._index):
-            raise FormatError(problem)
-        return self._all_offsets()
+        offsets = np.zeros(len(self) + 1, dtype=np.int64)
+        with ColumnReader(self._index.path) as reader:
+            for problem in sequence_problems(reader, self._index):
+                raise FormatError(problem)
+            for begin, end in chunks(len(self)):
+                offsets[begin : end + 1] = read_offsets(reader, self._index, begin, end)
+        return offsets
 
     @property
     def sequence_lengths(self) -> np.ndarray:
@@ -261,13 +265,6 @@ class TokenFile:
         index %= len(self)
         start, stop = self.document_offsets(index, index + 1)
         return int(start), int(stop)
-
-    def _all_offsets(self) -> np.ndarray:
-        offsets = np.zeros(len(self) + 1, dtype=np.int64)
-        with ColumnReader(self._index.path) as reader:
-            for begin, end in chunks(len(self)):
-                offsets[begin : end + 1] = read_offsets(reader, self._index, begin, end)
-        return offsets
 
     def check_inside(self) -> None:
         """Check the inside of index and spans, which :func:`read_token_file` does unless told not to.

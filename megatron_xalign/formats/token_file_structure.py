@@ -84,7 +84,7 @@ def offsets_of_pointers(index: IndexLayout, pointers: np.ndarray) -> np.ndarray:
 def index_problems(index: IndexLayout) -> Iterator[str]:
     """What is wrong inside an index whose header and size are right; nothing if it is good."""
     with ColumnReader(index.path) as reader:
-        yield from _sequence_problems(reader, index)
+        yield from sequence_problems(reader, index)
         try:
             for begin, end in chunks(index.num_documents):
                 read_offsets(reader, index, begin, end)
@@ -92,7 +92,8 @@ def index_problems(index: IndexLayout) -> Iterator[str]:
             yield str(error)
 
 
-def _sequence_problems(reader: ColumnReader, index: IndexLayout) -> Iterator[str]:
+def sequence_problems(reader: ColumnReader, index: IndexLayout) -> Iterator[str]:
+    """What is wrong with lengths and pointers of sequences; nothing if they are good."""
     at = 0
     for begin, end in chunks(index.num_sequences):
         lengths = reader.read(index.lengths, begin, end).astype(np.int64)

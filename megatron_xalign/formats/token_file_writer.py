@@ -16,6 +16,7 @@ from megatron_xalign.errors import CorpusError
 from megatron_xalign.formats.token_file_columns import TokenFileColumns
 from megatron_xalign.formats.token_file_manifest import (
     LONGEST_DOCUMENT_TOKENS,
+    MANIFEST_FIELDS,
     MANIFEST_FORMAT,
     MANIFEST_VERSION,
     MOST_LANGUAGES,
@@ -210,7 +211,7 @@ class TokenFileWriter:
 
         Args:
             allow_empty: a file without documents is one too (a part of a corpus of which nothing was kept).
-            details: further fields of the manifest: ``inputs``, ``counts``, ``recipe``, ``template``, ...
+            details: further fields of the manifest: ``inputs``, ``counts``, ``recipe``, ``template``, ... JSON-able.
 
         Returns:
             The manifest.
@@ -219,6 +220,8 @@ class TokenFileWriter:
             CorpusError: no document was added.
             FormatError: the disk is full or the like. Nothing is left behind.
         """
+        if taken := MANIFEST_FIELDS & details.keys():
+            raise ValueError(f"{', '.join(sorted(taken))} of a manifest is counted, not given.")
         if self.documents and not self.languages:
             raise ValueError("documents without a language; their tokens would be nobody's.")
         if not self.documents and not allow_empty:

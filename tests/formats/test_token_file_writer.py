@@ -490,3 +490,10 @@ def test_a_file_without_documents_is_written_only_when_asked_for(tmp_path: Path,
     token_files.write(tmp_path / "y", [], languages=[])
     assert read_token_file(tmp_path / "y").languages == []
     assert verify_token_file(tmp_path / "y")["tokens_by_language"] == {}
+
+
+def test_details_cannot_say_what_is_counted(tmp_path: Path, token_files) -> None:
+    for name in ("tokens", "tokens_by_language", "files", "format"):
+        with pytest.raises(ValueError, match=f"{name} of a manifest is counted, not given"):
+            token_files.write(tmp_path / "x", token_files.documents(1, 2), **{name: 5})
+    assert not list(tmp_path.iterdir())
