@@ -49,11 +49,14 @@ help, 2.9 in Debian 12's message catalogues (zh_CN, messages of 40 characters an
 English, which no table needs to correct.
 """
 
-_ANY_HAN = frozenset(("Hani", "Bopo"))
+_ANY_HAN, _HANGUL = frozenset(("Hani", "Bopo")), frozenset(("Hang",))
 _SCRIPTS_OF_SUBTAG = {
     "Hans": _ANY_HAN, "Hant": _ANY_HAN, "Hani": _ANY_HAN, "Jpan": _ANY_HAN | {"Kana"}, "Hira": frozenset(("Kana",)),
-    "Kore": frozenset(("Hang", "Hani")), "Hang": frozenset(("Hang", "Hani")),
+    # Korean has a few Han characters at most, Chinese nothing else.
+    "Kore": _HANGUL, "Hang": _HANGUL,
 }  # fmt: skip
+_MODIFIERS = {"latin": "Latn", "cyrillic": "Cyrl", "devanagari": "Deva", "arabic": "Arab"}
+"""Scripts in POSIX locale names."""
 
 # Code of the identifier, ISO 639-3 codes of the same language (FLORES uses those of varieties), script.
 _LANGUAGES = """
@@ -82,6 +85,7 @@ def _identifier_languages() -> dict[str, tuple[str, str]]:
 def _subtags(language: str) -> tuple[str, str | None]:
     """``zho_Hans``, ``zh-Hans-CN``, ``zh_CN``, ``sr@latin`` -> language subtag and script subtag, if there is one."""
     first, *rest = re.split(r"[-_@.]", language)
+    rest = [_MODIFIERS.get(tag.lower(), tag) for tag in rest]
     script = next((tag.title() for tag in rest if len(tag) == 4 and tag.isalpha()), None)
     return first.lower(), script
 
