@@ -150,32 +150,6 @@ void add_content(Blender& blender, const py::array_t<CutPiece>& pieces, const py
   }
 }
 
-// What pieces of one source hold: content of each language of its file [pieces, languages], end-of-document tokens.
-std::pair<py::array_t<std::int32_t>, py::array_t<std::int32_t>> count_pieces(const xalign::SourceStream& stream,
-                                                                             const py::array_t<CutPiece>& pieces) {
-  const auto size = static_cast<py::ssize_t>(pieces.shape(0));
-  const auto languages = static_cast<py::ssize_t>(stream.file().num_languages());
-  py::array_t<std::int32_t> content({size, languages}), eod(size);
-  const CutPiece* piece = pieces.data();
-  std::int32_t* of_language = content.mutable_data();
-  std::int32_t* ends = eod.mutable_data();
-  py::gil_scoped_release free;
-  std::vector<std::int64_t> counts(static_cast<std::size_t>(languages));
-  for (py::ssize_t i = 0; i < size; ++i) {
-    const xalign::DocumentPlace place = stream.document(piece[i].draw);
-    if (piece[i].begin < 0 || piece[i].end < piece[i].begin || piece[i].end > place.length) {
-      throw std::invalid_argument("tokens " + std::to_string(piece[i].begin) + ".." + std::to_string(piece[i].end) +
-                                  " are not in a document of " + std::to_string(place.length) + ".");
-    }
-    std::fill(counts.begin(), counts.end(), 0);
-    std::int64_t found = 0;
-    stream.file().count(place.document, place.length, piece[i].begin, piece[i].end, counts.data(), &found);
-    for (const std::int64_t count : counts) *of_language++ = static_cast<std::int32_t>(count);
-    ends[i] = static_cast<std::int32_t>(found);
-  }
-  return {std::move(content), std::move(eod)};
-}
-
 // Sums of phases or of slots as arrays: content [items, 2, languages], tokens, loss and rows [items, 2].
 py::dict sums_of(const std::vector<xalign::TextSums>& items) {
   const auto count = static_cast<py::ssize_t>(items.size());
@@ -218,6 +192,7 @@ py::dict tally_of(Blender& blender) {
   result["slots"] = sums_of(tally.slots());
   result["padding_of_slots"] = to_array(std::vector<std::int64_t>(tally.padding_of_slots()));
   result["asked"] = to_ints(tally.asked());
+  result["largest_row"] = blender.largest_row();
   result["worst_parallel"] = to_int(blender.worst_parallel());
   result["worst_languages"] = to_ints(blender.worst_languages());
   return result;
@@ -233,7 +208,6 @@ py::array_t<T> records(std::vector<T>&& items) {
 void bind_blender(py::module_& module) {
   PYBIND11_NUMPY_DTYPE(SampleBorder, row, token, padding);
   PYBIND11_NUMPY_DTYPE(CutPiece, source, draw, begin, end, sample, begun_in);
-  module.def("count_pieces", &count_pieces, py::arg("stream"), py::arg("pieces"));
   py::class_<Blender>(module, "Blender")
       .def(py::init(&make_blender), py::kw_only(), py::arg("seq_length"), py::arg("num_samples"), py::arg("denominator"),
            py::arg("phases"), py::arg("count_all_tokens"), py::arg("parallel_fills_languages"),

@@ -215,6 +215,7 @@ void Blender::take(std::size_t group) {
   const bool is_parallel = group == groups_.size() - 1;
   surplus_ += is_parallel ? static_cast<int128>(target_.denominator - numerator_) * head.counted
                           : -static_cast<int128>(numerator_) * head.counted;
+  largest_row_ = std::max(largest_row_, head.counted);
   worst_parallel_ = std::max(worst_parallel_, magnitude(surplus_));
   if (!is_parallel || target_.parallel_fills_languages) {
     // Languages held to nothing are left out of the sum that shares are shares of.

@@ -1,38 +1,42 @@
-"""The samples of a run, drawn from its sources so that the mixture holds at every step, and the audit of them.
+"""The samples of a run, drawn from its sources so that the mixture holds at every step.
 
-Which source gives a sample is decided by counting the content tokens of the windows really drawn
-(``_native.blend_windows``); then the samples of each global batch are shuffled among themselves, so that no
-data-parallel rank sees another mixture than the others. Sample k of a run depends on seed, sources, mixture and global
-batch size only.
+Which source gives a sample (or, where documents are mixed, a document) is decided by counting the content tokens of
+what was really drawn (``order``); then the samples of each global batch are turned and shuffled among themselves, so
+that no data-parallel rank sees another mixture than the others. Sample k of a run depends on seed, sources, mixture and
+global batch size only.
 """
 
-# N samples, W windows, S sequence, K languages
+# N samples, B samples of a batch, S sequence, J sources
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
-from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from megatron_xalign import _native
 from megatron_xalign.config import RunConfig
-from megatron_xalign.data.mixture import PARALLEL, MixturePlan, SourceText, plan_mixture, too_little_text
-from megatron_xalign.data.windows import SourceWindows, order_key
-from megatron_xalign.errors import CorpusError, FormatError
-from megatron_xalign.formats.token_file import TokenFile, companion, read_token_file
+from megatron_xalign.data.audit import audit_order, describe_audit, miss
+from megatron_xalign.data.blend_reader import BlendReader
+from megatron_xalign.data.index_cache import IndexCache
+from megatron_xalign.data.mixture import MixturePlan, plan_mixture
+from megatron_xalign.data.order import Order, build_order, reopen, sample_index
+from megatron_xalign.data.source_stream import SourceStream
+from megatron_xalign.data.sources import end_of_document, open_sources, text_of
+from megatron_xalign.errors import CorpusError
 
-PARALLEL_TOLERANCE_SAMPLES = 1.0
-"""How far the parallel fraction of a built index may be from what was asked."""
-LANGUAGE_TOLERANCE_SAMPLES = 2.0
-"""The same for a language's share: one sample of its monolingual text, one for the uneven halves of parallel text."""
+__all__ = ["Blend", "build_blend", "describe_audit", "readable_samples"]
+
+# Tokens that the entropy of the mixture is taken from, over all sources; and of each at least so many.
+_ENTROPY_TOKENS = 1 << 26
+_ENTROPY_TOKENS_OF_SOURCE = 1 << 14
+_COUNTED_AT_A_TIME = 1 << 20
 
 
 def build_blend(config: RunConfig) -> Blend:
-    """Build the index of a run's samples and check it against what was asked.
+    """Build the index of a run's samples, or open the one that is kept, and check it against what was asked.
 
     Args:
         config: ``data`` and ``training`` of it are used.
@@ -45,209 +49,161 @@ def build_blend(config: RunConfig) -> Blend:
         CorpusError: a source has less text than a sample, or the built index misses what was asked.
         FormatError: a token file is damaged, or two were made with different tokenizers.
     """
-    files = [read_token_file(source.prefix) for source in config.data.sources]
-    _check_one_tokenizer(files)
-    texts = [
-        SourceText.from_manifest(source.prefix, file.manifest, source.max_repeats)
-        for source, file in zip(config.data.sources, files, strict=True)
-    ]
+    cache = IndexCache.at(config.data.index_cache_dir)
+    streams = open_sources(config.data, "train", cache)
     plan = plan_mixture(
         config.data.mixture,
-        texts,
+        [text_of(stream, source) for stream, source in zip(streams, config.data.sources, strict=True)],
         seq_length=config.data.seq_length,
         train_steps=config.training.train_steps,
         global_batch_size=config.training.global_batch_size,
     )
-    windows = [
-        SourceWindows(text.name, file, plan.languages, seq_length=plan.seq_length, seed=config.data.mixture.seed)
-        for text, file in zip(texts, files, strict=True)
-    ]
-    blend = Blend(plan, windows, _choose_sources(plan, windows))
-    audit = blend.audit()
-    if not audit["holds"]:
-        raise CorpusError(_miss(audit))
+    blend = Blend(plan, streams, build_order(plan, streams, cache), config)
+    if reason := miss(blend.audit()):
+        raise CorpusError(reason)
     return blend
 
 
 class Blend:
-    """The samples of a run, by number."""
+    """The samples of a run, by number. Pickled, it carries names of files and not what is in them."""
 
-    def __init__(self, plan: MixturePlan, windows: Sequence[SourceWindows], source_of_sample: np.ndarray) -> None:
+    def __init__(self, plan: MixturePlan, streams: Sequence[SourceStream], order: Order, config: RunConfig) -> None:
         """Made by :func:`build_blend`.
 
         Args:
             plan: what the blend holds to.
-            windows: the sources.
-            source_of_sample: int32 [N], before batches are shuffled.
+            streams: the sources.
+            order: what was chosen.
+            config: says how samples are read.
         """
         self.plan = plan
-        self.windows = list(windows)
+        self.windows = list(streams)
+        """The sources; ``.file`` of each is its token file."""
         self.languages = list(plan.languages)
         """Codes; language ids of samples index them."""
         self.source_names = [item.text.name for item in plan.sources]
         """Source ids of samples index them."""
         self.train_steps = plan.train_steps
         """Steps of the run; more than ``training.train_steps`` with ``budget_rule: add``."""
-        self.drawn = np.bincount(source_of_sample, minlength=len(windows))
-        """int64: samples each source gives."""
-        self._source_of_sample = source_of_sample
-        self._draw_of_sample = np.empty(len(source_of_sample), dtype=np.int64)
-        for index, count in enumerate(self.drawn):
-            self._draw_of_sample[source_of_sample == index] = np.arange(count)
-        self._shuffled: tuple[int, np.ndarray] = (-1, np.zeros(0, dtype=np.int64))
+        self.order = order
+        """Which source gives each window or document."""
+        self._config = config
 
     def __len__(self) -> int:
-        return len(self._source_of_sample)
+        return self.plan.num_samples
 
     def __getitem__(self, sample: int) -> dict[str, np.ndarray]:
         """Sample ``sample`` of the run as arrays [S], named as the fields of ``batch.Batch``."""
-        source, draw = self.origin_of(sample)
-        tokens, languages = self.windows[source].read(draw)
-        seq_length = self.plan.seq_length
-        return {
-            "tokens": tokens[:-1],
-            "labels": tokens[1:],
-            # Every label bears loss, end-of-document tokens too, as in Megatron unless eod_mask_loss is set.
-            "loss_mask": np.ones(seq_length, dtype=np.float32),
-            "position_ids": np.arange(seq_length, dtype=np.int64),
-            "language_ids": languages[:-1],
-            "label_language_ids": languages[1:],
-            "source_ids": np.full(seq_length, source, dtype=np.int16),
-        }
+        return {name: rows[0] for name, rows in self.batch([self._number(sample)]).items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in vars(self).items() if name not in ("index", "_reader")}
+        if self.order.folder is not None:
+            state["order"] = self.order.folder
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if not isinstance(self.order, Order):
+            self.order = reopen(self.order, self.plan)
+
+    @property
+    def files(self) -> list[Any]:
+        """The token files of the sources."""
+        return [stream.file for stream in self.windows]
+
+    @property
+    def drawn(self) -> np.ndarray:
+        """int64 [J]: windows (or documents) each source gives."""
+        return self.order.drawn_J
+
+    @cached_property
+    def index(self) -> Any:
+        """What each sample is made of, as the C++ library has it."""
+        return sample_index(self.plan, self.order)
+
+    @cached_property
+    def _reader(self) -> BlendReader:
+        data = self._config.data
+        return BlendReader(
+            self.windows,
+            self.index,
+            seq_length=self.plan.seq_length,
+            padding_token=end_of_document(self.files),
+            reset_position_ids=data.reset_position_ids,
+            eod_mask_loss=data.eod_mask_loss,
+        )
+
+    def batch(
+        self, samples: Sequence[int] | np.ndarray, out: dict[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Read samples.
+
+        Args:
+            samples: their numbers, in any order.
+            out: arrays to fill, as an earlier call returned them for as many samples; new ones if left out.
+
+        Returns:
+            Arrays [B, S], named as the fields of ``batch.Batch``.
+        """
+        return self._reader.batch(samples, out)
 
     def origin_of(self, sample: int) -> tuple[int, int]:
-        """Where a sample comes from: index of the source, and which of the source's samples it is."""
-        if not -len(self) <= sample < len(self):
-            raise IndexError(f"sample {sample} of {len(self)}")
-        step, slot = divmod(sample % len(self), self.plan.global_batch_size)
-        if self._shuffled[0] != step:
-            key = order_key(self.plan.mixture.seed, "batch", step)
-            self._shuffled = (step, _native.permutation(key, self.plan.global_batch_size))
-        position = step * self.plan.global_batch_size + int(self._shuffled[1][slot])
-        return int(self._source_of_sample[position]), int(self._draw_of_sample[position])
+        """Where a sample comes from.
 
-    def unigram_entropy(self, most_tokens: int = 1 << 26) -> float:
+        Args:
+            sample: its number.
+
+        Returns:
+            Index of the source, and which of the source's windows it is, counted over all epochs. Where documents are
+            mixed, source and number of the document that the sample begins in.
+        """
+        number = self._number(sample)
+        if self.order.borders_N is None:
+            return self.index.origin(number)
+        row, _, _ = self.index.border(number)
+        return self.index.rows_from(row, 1)[0]
+
+    def audit(self, data_parallel_sizes: Sequence[int] = ()) -> dict[str, Any]:
+        """Count what the built index holds against what was asked (docs/architecture.md, audit.json).
+
+        Args:
+            data_parallel_sizes: numbers of data-parallel ranks for which every rank's part is counted.
+        """
+        return audit_order(self.plan, self.order, self.windows, data_parallel_sizes)
+
+    def unigram_entropy(self) -> float:
         """Entropy of the token frequencies of the mixture, in nats per token: what a model that knows only them loses.
 
-        Frequencies are those of each source's text (of its first ``most_tokens``), weighted by the samples it gives.
+        Frequencies are those of the beginning of each source's file, weighted by the tokens it gives.
         """
-        counts = [np.bincount(source.file.tokens[:most_tokens]).astype(np.float64) for source in self.windows]
-        frequency_V = np.zeros(max(map(len, counts)))
-        for drawn, count in zip(self.drawn, counts, strict=True):
-            frequency_V[: len(count)] += drawn / len(self) * count / count.sum()
+        tokens_J = self.order.tally.tokens_J
+        num_used = max(int(np.count_nonzero(tokens_J)), 1)
+        most = max(_ENTROPY_TOKENS // num_used, _ENTROPY_TOKENS_OF_SOURCE)
+        frequency_V = np.zeros(0)
+        for stream, given in zip(self.windows, tokens_J.tolist(), strict=True):
+            if not given:
+                continue
+            counts_V = np.zeros(0, dtype=np.int64)
+            for begin in range(0, min(stream.file.num_tokens, most), _COUNTED_AT_A_TIME):
+                end = min(begin + _COUNTED_AT_A_TIME, stream.file.num_tokens, most)
+                counts_V = _added(counts_V, np.bincount(stream.file.tokens[begin:end]))
+            frequency_V = _added(frequency_V, given / tokens_J.sum() * counts_V / counts_V.sum())
         seen = frequency_V[frequency_V > 0]
         return float(-(seen * np.log(seen)).sum())
 
-    def audit(self) -> dict[str, Any]:
-        """Count what the built index holds against what was asked (docs/architecture.md, audit.json)."""
-        plan = self.plan
-        content_jK = [
-            source.content(int(count)).sum(axis=0, dtype=np.int64)
-            for source, count in zip(self.windows, self.drawn, strict=True)
-        ]
-        sources = [self._audit_source(index, content_jK[index]) for index in range(len(self.windows))]
-        content, tokens, loss = (
-            sum(source[name] for source in sources) for name in ("content_tokens", "tokens", "loss_tokens")
-        )
-        achieved = {
-            f"parallel_fraction_{kind}": _ratio(
-                sum(source[name] for source in sources if source["origin"] == "parallel"), total
-            )
-            for kind, name, total in (
-                ("content", "content_tokens", content), ("all", "tokens", tokens), ("loss", "loss_tokens", loss),
-            )
-        }
-        fraction_of = plan.mixture.fraction_of
-        languages = self._audit_languages(np.array(content_jK))
-        difference, worst = self._parallel_difference()
-        return {
-            "asked": {
-                "parallel_fraction": plan.mixture.parallel_fraction,
-                "fraction_of": fraction_of,
-                "budget_rule": plan.mixture.budget_rule,
-                "languages": plan.asked_languages,
-            },
-            "achieved": {"parallel_fraction": achieved[f"parallel_fraction_{fraction_of}"], **achieved},
-            "difference_samples": difference,
-            "worst_difference_samples": worst,
-            "holds": difference <= PARALLEL_TOLERANCE_SAMPLES
-            and all(entry["difference_samples"] <= LANGUAGE_TOLERANCE_SAMPLES for entry in languages.values()),
-            "samples": len(self),
-            "train_steps": plan.train_steps,
-            "seq_length": plan.seq_length,
-            "seed": plan.mixture.seed,
-            "tokens": tokens,
-            "content_tokens": content,
-            "loss_tokens": loss,
-            "sources": sources,
-            "languages": languages,
-        }
+    def _number(self, sample: int) -> int:
+        if not -len(self) <= sample < len(self):
+            raise IndexError(f"sample {sample} of {len(self)}")
+        return sample % len(self)
 
-    def _audit_source(self, index: int, content_K: np.ndarray) -> dict[str, Any]:
-        source, text, samples = self.windows[index], self.plan.sources[index].text, int(self.drawn[index])
-        begun, cut = source.documents_read(samples)
-        tokens = samples * self.plan.seq_length
-        return {
-            "name": text.name,
-            "prefix": text.prefix,
-            "origin": text.origin,
-            "languages": list(text.languages),
-            "samples": samples,
-            "tokens": tokens,
-            "content_tokens": int(content_K.sum()),
-            "loss_tokens": tokens,
-            "content_tokens_by_language": {
-                code: int(count) for code, count in zip(self.languages, content_K, strict=True) if count
-            },
-            "available_tokens": text.tokens,
-            "repeats": _ratio(tokens, text.tokens),
-            "max_repeats": text.max_repeats,
-            "documents_begun": begun,
-            "documents_cut": cut,
-            # The tail of the stream that fills no whole window; another one in each epoch.
-            "left_out_tokens_per_epoch": text.tokens - source.per_epoch * self.plan.seq_length,
-        }
 
-    def _audit_languages(self, content_jK: np.ndarray) -> dict[str, dict[str, Any]]:
-        plan = self.plan
-        is_parallel = np.array([item.group == PARALLEL for item in plan.sources])
-        monolingual_K, parallel_K = content_jK[~is_parallel].sum(axis=0), content_jK[is_parallel].sum(axis=0)
-        # With `add` shares are of monolingual text; with `replace` of all content.
-        shared_K = monolingual_K if plan.mixture.budget_rule == "add" else monolingual_K + parallel_K
-        steered_total = int(shared_K[np.array(plan.steered)].sum())
-        entries = {}
-        for index, code in enumerate(self.languages):
-            missed = Fraction(0)
-            if plan.steered[index]:
-                missed = abs(plan.shares[index] * steered_total - int(shared_K[index]))
-            entries[code] = {
-                "asked": plan.asked_languages[code],
-                "achieved": _ratio(int(shared_K[index]), int(shared_K.sum())),
-                "steered": plan.steered[index],
-                "difference_samples": float(missed / plan.seq_length),
-                "content_tokens": int(monolingual_K[index] + parallel_K[index]),
-                "monolingual": int(monolingual_K[index]),
-                "parallel": int(parallel_K[index]),
-            }
-        return entries
-
-    def _parallel_difference(self) -> tuple[float, float]:
-        """Samples by which the parallel fraction misses: at the end of the run, and at its worst prefix."""
-        plan = self.plan
-        counted = np.full(len(self), plan.seq_length, dtype=np.int64)
-        is_parallel = np.zeros(len(self), dtype=bool)
-        for index, (source, count) in enumerate(zip(self.windows, self.drawn, strict=True)):
-            here = self._source_of_sample == index
-            if plan.mixture.fraction_of == "content":
-                counted[here] = source.content(int(count)).sum(axis=1)
-            is_parallel |= here & (plan.sources[index].group == PARALLEL)
-        parallel = np.cumsum(np.where(is_parallel, counted, 0))
-        total = np.cumsum(counted)
-        fraction = plan.parallel_fraction
-        # Exact at the end; the worst prefix is for information and may be a rounding error off.
-        end = abs(fraction * int(total[-1]) - int(parallel[-1])) / plan.seq_length
-        worst = np.abs(float(fraction) * total - parallel).max() / plan.seq_length
-        return float(end), max(float(worst), float(end))
+def _added(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The sum of two rows; the shorter one goes on with zeros."""
+    shorter, longer = sorted((a, b), key=len)
+    total = longer.copy()
+    total[: len(shorter)] += shorter
+    return total
 
 
 def readable_samples(blend: Blend, decode: Callable[[list[int]], str], count: int) -> list[str]:
@@ -259,155 +215,27 @@ def readable_samples(blend: Blend, decode: Callable[[list[int]], str], count: in
         count: how many samples.
 
     Returns:
-        One text per sample: a heading, then a line for each stretch of one language.
+        One text per sample: a heading, then a line for each stretch of one language; of mixed documents also a line
+        for each document that begins.
     """
     shown = []
     for number in range(min(count, len(blend))):
         source, draw = blend.origin_of(number)
         sample = blend[number]
         lines = [f"sample {number}: {blend.source_names[source]} #{draw}"]
-        pairs = zip(sample["language_ids"].tolist(), sample["tokens"].tolist(), strict=True)
-        for language, stretch in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        columns = (sample[name].tolist() for name in ("source_ids", "document_ids", "language_ids", "tokens"))
+        document = 0
+        stretches = itertools.groupby(zip(*columns, strict=True), key=lambda token: token[:3])
+        for (of_source, of_document, language), stretch in stretches:
+            tokens = [token for *_, token in stretch]
+            if of_document < 0:
+                lines.append(f"  [padding] {len(tokens)} positions")
+                continue
+            if blend.plan.mixes_documents and of_document != document:
+                document = of_document
+                lines.append(f"  {blend.source_names[of_source]}:")
             mark = blend.languages[language] if language >= 0 else "-"
-            text = decode([token for _, token in stretch]).replace("\n", "\\n")
+            text = decode(tokens).replace("\n", "\\n")
             lines.append(f"  [{mark}] {text}")
         shown.append("\n".join(lines))
     return shown
-
-
-def describe_audit(audit: dict[str, Any]) -> str:
-    """An audit as a plain-text table: asked against achieved, per source and per language."""
-    asked, achieved = audit["asked"], audit["achieved"]
-    rows = [
-        ["source", "origin", "samples", "tokens", "content", "of content", "repeats", "allowed", "documents", "cut"],
-        *(
-            [
-                source["name"],
-                source["origin"],
-                f"{source['samples']:,}",
-                f"{source['tokens']:,}",
-                f"{source['content_tokens']:,}",
-                f"{_ratio(source['content_tokens'], audit['content_tokens']):.4%}",
-                f"{source['repeats']:.3f}",
-                f"{source['max_repeats']:g}",
-                f"{source['documents_begun']:,}",
-                f"{source['documents_cut']:,}",
-            ]
-            for source in audit["sources"]
-        ),
-    ]
-    of = "monolingual content" if asked["budget_rule"] == "add" else "content"
-    language_rows = [
-        ["language", "asked", "achieved", "samples off", "content", "monolingual", "parallel"],
-        *(
-            [
-                code,
-                f"{entry['asked']:.4%}" if entry["steered"] else f"(about {entry['asked']:.2%})",
-                f"{entry['achieved']:.4%}",
-                f"{entry['difference_samples']:.2f}" if entry["steered"] else "-",
-                f"{entry['content_tokens']:,}",
-                f"{entry['monolingual']:,}",
-                f"{entry['parallel']:,}",
-            ]
-            for code, entry in audit["languages"].items()
-        ),
-    ]
-    return "\n".join(
-        [
-            f"{audit['samples']:,} samples of {audit['seq_length']:,} tokens in {audit['train_steps']:,} steps: "
-            f"{audit['tokens']:,} tokens, {audit['content_tokens']:,} of them content",
-            f"parallel fraction of {asked['fraction_of']} tokens: asked {asked['parallel_fraction']:.4%}, achieved "
-            f"{achieved['parallel_fraction']:.4%} ({audit['difference_samples']:.2f} samples off, "
-            f"{audit['worst_difference_samples']:.2f} at worst on the way)",
-            f"  of content tokens {achieved['parallel_fraction_content']:.4%}, of all tokens "
-            f"{achieved['parallel_fraction_all']:.4%}, of loss-bearing tokens {achieved['parallel_fraction_loss']:.4%}",
-            "",
-            *_table(rows, left=2),
-            "",
-            f"languages, shares of {of} tokens",
-            *_table(language_rows, left=1),
-        ]
-    )
-
-
-def _table(rows: list[list[str]], left: int) -> list[str]:
-    """Columns as wide as their widest cell; the first ``left`` flush left, numbers flush right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
-
-
-def _check_one_tokenizer(files: Sequence[TokenFile]) -> None:
-    for other in files[1:]:
-        first, second = (file.manifest["tokenizer"]["sha256"] for file in (files[0], other))
-        if first != second:
-            raise FormatError(
-                f"{companion(files[0].prefix, 'manifest.json')} and {companion(other.prefix, 'manifest.json')} were "
-                f"made with different tokenizers ({first[:12]} and {second[:12]}); the same id would be another word "
-                "in each. Preprocess both with one tokenizer."
-            )
-
-
-def _choose_sources(plan: MixturePlan, windows: Sequence[SourceWindows]) -> np.ndarray:
-    """int32 [N]: the source of each sample, before batches are shuffled."""
-    limits = [item.text.max_windows(plan.seq_length) if item.weight else 0 for item in plan.sources]
-    # A choice looks one window ahead in every source, so one more than may be drawn is at hand.
-    at_hand = [
-        min(limit + 1, math.ceil(item.expected_samples * 1.02) + 16) if item.weight else 0
-        for item, limit in zip(plan.sources, limits, strict=True)
-    ]
-    # Whole numbers of one scale for the C++ side.
-    scale = math.lcm(*(share.denominator for share in plan.shares))
-    most = max(*plan.monolingual_rates, Fraction(1, 1 << 30))
-    while True:
-        order, exhausted = _native.blend_windows(
-            [source.content(count) for source, count in zip(windows, at_hand, strict=True)],
-            plan.num_samples,
-            seq_length=plan.seq_length,
-            parallel_fraction=(plan.parallel_fraction.numerator, plan.parallel_fraction.denominator),
-            count_all_tokens=plan.mixture.fraction_of == "all",
-            parallel_fills_languages=plan.mixture.budget_rule == "replace",
-            language_shares=[int(share * scale) for share in plan.shares],
-            language_rates=[math.ceil(max(rate, Fraction(0)) / most * (1 << 30)) for rate in plan.monolingual_rates],
-            language_of_source=[item.group for item in plan.sources],
-            source_weights=[item.weight for item in plan.sources],
-        )
-        if exhausted is None:
-            break
-        if at_hand[exhausted] > limits[exhausted]:
-            # All that is allowed was drawn and one more: how much the whole run asks for is known in proportion.
-            wanted = at_hand[exhausted] * plan.num_samples / max(len(order), 1)
-            raise too_little_text(plan, plan.sources[exhausted], wanted)
-        at_hand[exhausted] = min(limits[exhausted] + 1, at_hand[exhausted] + windows[exhausted].per_epoch)
-    for index, count in enumerate(np.bincount(order, minlength=len(windows))):
-        if count > limits[index]:
-            raise too_little_text(plan, plan.sources[index], float(count))
-    return order
-
-
-def _miss(audit: dict[str, Any]) -> str:
-    asked, achieved = audit["asked"], audit["achieved"]
-    if audit["difference_samples"] > PARALLEL_TOLERANCE_SAMPLES:
-        return (
-            f"the built index has a parallel fraction of {achieved['parallel_fraction']:.6f} where "
-            f"data.mixture.parallel_fraction={asked['parallel_fraction']:g} was asked, "
-            f"{audit['difference_samples']:.1f} samples off; one is allowed. Token counts in a manifest and in its "
-            "token file may disagree: run xalign verify on the sources."
-        )
-    code, entry = max(audit["languages"].items(), key=lambda item: item[1]["difference_samples"])
-    return (
-        f"the built index has {entry['achieved']:.6f} of {code} where data.mixture.languages.{code}={entry['asked']:g} "
-        f"was asked, {entry['difference_samples']:.1f} samples off; {LANGUAGE_TOLERANCE_SAMPLES:g} are allowed. "
-        f"{entry['parallel']:,} of its {entry['content_tokens']:,} tokens come from parallel text, whose languages are "
-        "not evenly spread: a larger share for it, or a smaller parallel fraction, leaves monolingual text enough room "
-        "to even that out."
-    )

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_xalign.config import DataConfig, MixtureConfig, RunConfig, SourceConfig, TrainingConfig
-from megatron_xalign.data import blend as blend_module
+from megatron_xalign.data import order as order_module
 from megatron_xalign.data.blend import Blend, build_blend, describe_audit, readable_samples
 from megatron_xalign.errors import ConfigError, CorpusError, FormatError
 from megatron_xalign.formats.token_file import TokenFileWriter
@@ -100,11 +100,11 @@ def draws_of(blend: Blend, name: str) -> list[bytes]:
 def test_a_sample_has_the_fields_of_a_batch_and_their_types(tokens: Path) -> None:
     batch = pytest.importorskip("megatron_xalign.batch")
     sample = build_blend(run_of(tokens, 0.3))[0]
-    assert list(sample) == [item.name for item in fields(batch.Batch)]
+    assert {item.name for item in fields(batch.Batch)} <= set(sample)
     dtypes = {name: array.dtype.name for name, array in sample.items()}
     assert dtypes == {
         "tokens": "int64", "labels": "int64", "loss_mask": "float32", "position_ids": "int64", "language_ids": "int8",
-        "label_language_ids": "int8", "source_ids": "int16",
+        "label_language_ids": "int8", "source_ids": "int16", "document_ids": "int32",
     }  # fmt: skip
     assert {array.shape for array in sample.values()} == {(SEQ_LENGTH,)}
     assert batch.collate([sample, sample]).tokens.shape == (2, SEQ_LENGTH)
@@ -193,7 +193,7 @@ def test_fraction_and_languages_hold_at_every_prefix(
     counts_NK = np.zeros((len(blend), len(blend.languages)), dtype=np.int64)
     is_parallel = np.zeros(len(blend), dtype=bool)
     for k, (source, draw) in enumerate(drawn(blend)):
-        counts_NK[k] = blend.windows[source].content(draw + 1)[draw]
+        counts_NK[k] = blend.windows[source].windows(draw, draw + 1).content_NK[0]
         is_parallel[k] = audit["sources"][source]["origin"] == "parallel"
     counted = counts_NK.sum(axis=1) if fraction_of == "content" else np.full(len(blend), SEQ_LENGTH)
     at = np.arange(BATCH - 1, len(blend), BATCH)
@@ -211,7 +211,7 @@ def test_unigram_entropy_is_scipy_s_of_the_weighted_frequencies(tokens: Path) ->
     for source, drawn in zip(blend.windows, blend.drawn, strict=True):
         seen = Counter(token for document in source.file for token in document.tolist())
         for token, count in seen.items():
-            frequency[token] += drawn * count / seen.total()
+            frequency[token] += drawn / len(blend) * count / seen.total()
     assert blend.unigram_entropy() == pytest.approx(scipy.stats.entropy(frequency), abs=1e-12)
 
 
@@ -296,7 +296,7 @@ def test_repeats_beyond_what_is_allowed_are_an_error(tokens: Path) -> None:
 
 def test_the_last_sample_too_many_is_an_error(tokens: Path) -> None:
     """Where the plan's averages would let a run pass, the built index still counts."""
-    windows = build_blend(run_of(tokens, 0.0, ("eng",), steps=1, repeats=1)).windows[0].per_epoch
+    windows = build_blend(run_of(tokens, 0.0, ("eng",), steps=1, repeats=1)).windows[0].num_windows()
     most = windows // BATCH
     build_blend(run_of(tokens, 0.0, ("eng",), steps=most, repeats=1))
     tight = (most * BATCH - 0.5) / windows
@@ -313,16 +313,16 @@ def test_two_tokenizers_are_an_error_that_names_both_files(tokens: Path, tmp_pat
 
 
 def test_an_index_that_misses_what_was_asked_is_an_error(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What if the order were wrong: the audit is of the built index and notices."""
-    honest = blend_module._choose_sources
+    """What if something else were built: the audit is of the built index and notices."""
+    honest = order_module._settings
 
-    def swapped(*args: Any) -> np.ndarray:
-        order = honest(*args).copy()
-        order[np.flatnonzero(order == 2)[:2]] = 0
-        return order
+    def other(plan: Any) -> dict[str, Any]:
+        settings = honest(plan)
+        ((until, numerator, _),) = settings["phases"]
+        return {**settings, "phases": [(until, 2 * numerator, 2 * numerator)]}
 
-    monkeypatch.setattr(blend_module, "_choose_sources", swapped)
-    with pytest.raises(CorpusError, match=r"samples off; one is allowed"):
+    monkeypatch.setattr(order_module, "_settings", other)
+    with pytest.raises(CorpusError, match=r"samples off; 1\.00 are allowed"):
         build_blend(run_of(tokens, 0.2, languages=HALVES))
 
 

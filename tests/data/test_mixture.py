@@ -89,7 +89,7 @@ def test_add_keeps_the_monolingual_budget_and_the_run_grows() -> None:
 def test_weights_and_shares_do_not_depend_on_run_length() -> None:
     asked = MixtureConfig(parallel_fraction=0.05, languages=HALVES)
     short, long = plan(asked, ENGLISH, FINNISH, PAIRS, train_steps=1), plan(asked, ENGLISH, FINNISH, PAIRS)
-    for name in ("languages", "shares", "steered", "monolingual_rates", "parallel_fraction", "asked_languages"):
+    for name in ("languages", "shares", "steered", "rates_without", "rates_with", "parallel_fraction"):
         assert getattr(short, name) == getattr(long, name)
     assert [source.weight for source in short.sources] == [source.weight for source in long.sources]
 

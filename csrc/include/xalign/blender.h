@@ -85,6 +85,7 @@ class Blender {
   const std::vector<std::int64_t>& draws() const { return drawn_; }  // rows of each source so far
   // The largest distance after any row: of the parallel tokens from what was asked, times the denominator; of a
   // language's tokens from its share, times the sum of shares.
+  std::int64_t largest_row() const { return largest_row_; }  // counted tokens of a window or document drawn
   int128 worst_parallel() const { return worst_parallel_; }
   const std::vector<int128>& worst_languages() const { return worst_languages_; }
 
@@ -126,6 +127,7 @@ class Blender {
   std::int64_t all_shares_ = 0;
   std::vector<int128> owed_;  // all_shares * (share of what was drawn - what it drew itself)
   int128 surplus_ = 0;        // denominator * (parallel tokens - those asked for)
+  std::int64_t largest_row_ = 0;
   int128 worst_parallel_ = 0;
   std::vector<int128> worst_languages_;
   std::vector<std::int64_t> drawn_;
