@@ -24,7 +24,7 @@ from megatron_xalign.data.job import Job, Survey
 from megatron_xalign.data.job_settings import JobSettings
 from megatron_xalign.data.preprocess import Outcome, do_parts, finish_job, kept_files
 from megatron_xalign.data.work_folder import JOB_FILE, WorkFolder
-from megatron_xalign.errors import ConfigError, FormatError
+from megatron_xalign.errors import ConfigError, FormatError, WorkerError
 
 _LOG = logging.getLogger(__name__)
 
@@ -219,10 +219,10 @@ def datatrove_executor(
     logging_folder: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Any:
-    """An executor of datatrove that joins the parts, and depends on one that does them; its ``run()`` starts both.
+    """An executor of datatrove for a job that is planned (:func:`plan_tasks`).
 
-    Slurm: ``run()`` submits an array of ``num_tasks`` jobs and one that waits for it, and returns. Local and Ray: it
-    returns when the token file is there.
+    Local and Ray: its ``run()`` does the parts; :func:`join_tasks` then joins them. Slurm: its ``run()`` submits an
+    array of ``num_tasks`` jobs that do the parts and one more that joins them when all have succeeded, and returns.
 
     Args:
         settings: of the job; ``workers`` are the processes within a task, 1 if left out.
@@ -254,6 +254,9 @@ def datatrove_executor(
             pipeline=[PartsStep(tree)], tasks=num_tasks, logging_dir=str(folder / "parts"), skip_completed=False,
             **arguments,
         )
+        if kind != "slurm":
+            # Not with depends: there datatrove waits for ever for a task that failed.
+            return parts
         return executor(
             pipeline=[JoinStep(tree)], tasks=1, logging_dir=str(folder / "join"), skip_completed=False, depends=parts,
             **alone,
@@ -273,13 +276,26 @@ def run_datatrove(
 
     Returns:
         What was made; None for Slurm, where it is made later.
+
+    Raises:
+        WorkerError: tasks failed; with the local executor what they raised.
     """
     executor = datatrove_executor(settings, kind, num_tasks, logging_folder, options)
-    if _already_joined(settings) is None:
-        # Made here, so that what is wrong with the job is said now and not in the log of a task.
-        plan_tasks(JobSettings.from_tree(executor.pipeline[0].settings))
-        executor.run()
-    return None if kind == "slurm" else join_tasks(settings)
+    kept = _already_joined(settings)
+    if kept is not None:
+        return kept
+    # Planned here, so that what is wrong with the job is said now and not in the log of a task.
+    job = plan_tasks(settings)
+    executor.run()
+    if kind == "slurm":
+        return None
+    missing = job.missing()
+    if missing:
+        raise WorkerError(
+            f"{len(missing)} of {job.num_parts} parts are not done: a task failed; {executor.logging_dir.path}/logs "
+            "says why. What is done is kept; the same command continues."
+        )
+    return join_tasks(settings)
 
 
 def _executor_class(kind: ExecutorKind) -> Any:
