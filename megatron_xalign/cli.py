@@ -18,6 +18,7 @@ from megatron_xalign.errors import ConfigError, StoppedEarly, XAlignError
 if TYPE_CHECKING:
     from megatron_xalign.data.inputs import Fields
     from megatron_xalign.data.job_settings import JobSettings
+    from megatron_xalign.data.preprocess import Outcome
 
 Handler = Callable[[argparse.Namespace], int]
 INTERRUPTED = 130
@@ -78,6 +79,17 @@ examples:
 Reads JSON lines, parquet, plain text, TSV, line-aligned files and TMX, plain or in .gz or .zst, and writes PREFIX.bin
 and PREFIX.idx (Megatron's), PREFIX.spans (which language each token is), PREFIX.manifest.json (counts, checksums,
 recipe) and PREFIX.log.json (what the run took). A kill loses at most the parts in progress; the same command continues.
+
+as an array job, then its join, with the same arguments and a file system that all tasks see:
+  xalign preprocess ... --task $SLURM_ARRAY_TASK_ID/16
+  xalign preprocess ... --join
+""",
+    "preprocess_data": """
+example:
+  python tools/preprocess_data.py --input en.jsonl --output-prefix en --tokenizer-type HuggingFaceTokenizer \\
+      --tokenizer-model T --append-eod --workers 8
+
+A flag of Megatron-LM's that is not listed here is not carried, and an error. `xalign preprocess` can do more.
 """,
     "verify": """
 examples:
@@ -111,6 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_corpus(verbs)
     _add_tokenizer(verbs)
     _add_preprocess(verbs)
+    _add_preprocess_data(verbs)
     _add_verify(verbs)
     _add_merge(verbs)
     _add_stats(verbs)
@@ -469,9 +482,24 @@ def _add_preprocess(verbs: Any) -> None:
         "--engine", choices=("auto", "reference", "gigatoken"), default="auto",
         help="auto: the fastest that gives the reference's ids on a sample of the input",
     )
-    # cluster
     group.add_argument("--dry-run", action="store_true", help="say what would be done and about what it takes")
     group.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    _add_cluster(parser.add_argument_group("one job as many tasks"))
+
+
+def _add_cluster(group: Any) -> None:
+    group.add_argument(
+        "--task", default=None, metavar="I/N", help="do only the parts of task I (0 to N-1) of N, as in an array job"
+    )
+    group.add_argument("--join", action="store_true", help="join what the tasks did; the same arguments otherwise")
+    group.add_argument(
+        "--datatrove", choices=("local", "slurm", "ray"), default=None, help="have an executor of datatrove do all that"
+    )
+    group.add_argument("--tasks", type=_positive, default=None, metavar="N", help="with --datatrove: how many")
+    group.add_argument(
+        "--datatrove-option", action="append", default=[], metavar="KEY=VALUE",
+        help="argument of the executor, e.g. partition=cpu, time=04:00:00, sbatch_args.account=me; may be given again",
+    )
 
 
 def _add_records(group: Any) -> None:
@@ -636,6 +664,11 @@ def _preprocess(options: argparse.Namespace) -> int:
     from megatron_xalign import terminal, workflows
 
     jobs = _preprocess_jobs(options)
+    _check_one_of(options, "dry_run", "task", "join", "datatrove")
+    if options.task is not None or options.join or options.datatrove is not None:
+        return _preprocess_tasks(options, jobs)
+    if options.tasks is not None or options.datatrove_option:
+        raise ConfigError("--tasks and --datatrove-option go with --datatrove.")
     if options.dry_run:
         plans = workflows.plan_preprocessing(jobs)
         if options.json:
@@ -643,13 +676,116 @@ def _preprocess(options: argparse.Namespace) -> int:
         else:
             print("\n".join(map(terminal.describe_preprocessing_plan, plans)))
         return 0
-    outcomes = workflows.preprocess_all(jobs)
-    if options.json:
+    return _print_outcomes(workflows.preprocess_all(jobs), options.json)
+
+
+def _print_outcomes(outcomes: Sequence[Outcome], as_json: bool) -> int:
+    from megatron_xalign import terminal
+
+    if as_json:
         manifests = [manifest for outcome in outcomes for manifest in outcome.manifests.values()]
         _print_json(manifests if len(manifests) > 1 else manifests[0])
     else:
         print("\n".join(map(terminal.describe_preprocessed, outcomes)))
     return 0
+
+
+def _preprocess_tasks(options: argparse.Namespace, jobs: Sequence[JobSettings]) -> int:
+    from megatron_xalign import workflows
+
+    if options.task is not None:
+        done = workflows.preprocess_task(jobs, options.task)
+        if options.json:
+            _print_json(done if len(done) > 1 else done[0])
+        else:
+            for job, figures in zip(jobs, done, strict=True):
+                print(f"{job.output_prefix}: task {options.task}, {figures['parts']} parts done")
+        return 0
+    if options.join:
+        return _print_outcomes(workflows.join_tasks(jobs), options.json)
+    if options.tasks is None:
+        raise ConfigError("--datatrove needs --tasks N: how many tasks the parts are dealt to.")
+    arguments = _nested(options.datatrove_option)
+    outcomes = workflows.preprocess_with_datatrove(jobs, options.datatrove, options.tasks, arguments)
+    if outcomes is None:
+        print("submitted; the last job in the queue joins the parts")
+        return 0
+    return _print_outcomes(outcomes, options.json)
+
+
+def _check_one_of(options: argparse.Namespace, *names: str) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) not in (None, False)]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} do not go together.")
+
+
+def _nested(assignments: Sequence[str]) -> dict[str, Any]:
+    """``["a=1", "b.c=x"]`` to ``{"a": 1, "b": {"c": "x"}}``."""
+    tree: dict[str, Any] = {}
+    for assignment in assignments:
+        path, separator, text = assignment.partition("=")
+        *folders, name = path.split(".")
+        if not separator or not name or not all(folders):
+            raise ConfigError(f"--datatrove-option {assignment!r} is not of the form KEY=VALUE.")
+        branch = tree
+        for folder in folders:
+            branch = branch.setdefault(folder, {})
+            if not isinstance(branch, dict):
+                raise ConfigError(f"--datatrove-option {assignment!r}: {folder} has a value already.")
+        branch[name] = {"true": True, "false": False}.get(text, int(text) if text.lstrip("-").isdecimal() else text)
+    return tree
+
+
+def _add_preprocess_data(verbs: Any) -> None:
+    """The flags of Megatron-LM's tools/preprocess_data.py; not listed among the verbs."""
+    parser = verbs.add_parser(
+        "preprocess_data", allow_abbrev=False, prog="preprocess_data.py", epilog=_EXAMPLES["preprocess_data"],
+        description="The job of Megatron-LM's tools/preprocess_data.py by its flags: the same .bin and .idx.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(handler=_preprocess_data)
+    parser.add_argument("--input", required=True, help="JSON lines, plain, .gz or .zst; a pattern for several files")
+    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="(text)")
+    parser.add_argument("--split-sentences", action="store_true", help="one sequence a sentence, by nltk's Punkt")
+    parser.add_argument("--keep-newlines", action="store_true", help="keep white space between sentences")
+    parser.add_argument("--lang", default="english", help="language of the sentences, by nltk's name (english)")
+    parser.add_argument("--append-eod", action="store_true", help="end every document in the end-of-document token")
+    parser.add_argument("--output-prefix", required=True, help="writes PREFIX_KEY_document or PREFIX_KEY_sentence")
+    parser.add_argument("--workers", type=_positive, default=None, help="processes (as many as CPUs)")
+    parser.add_argument("--partitions", type=_positive, default=1, help="no meaning here; documents keep their order")
+    parser.add_argument("--keep-sequential-samples", action="store_true", help="always so here")
+    parser.add_argument("--log-interval", type=_positive, default=1000, help="no meaning here")
+    parser.add_argument("--tokenizer-type", required=True)
+    parser.add_argument("--tokenizer-model", required=True, help="file or folder of the tokenizer")
+    parser.add_argument("--vocab-size", type=_positive, default=None, help="TikTokenizer")
+    parser.add_argument("--tiktoken-pattern", choices=("v1", "v2"), default="v2")
+    parser.add_argument("--tiktoken-num-special-tokens", type=_natural, default=1000)
+    parser.add_argument("--tokenizer-special-tokens", "--tiktoken-special-tokens", nargs="+", default=None)
+    special = parser.add_mutually_exclusive_group()
+    special.add_argument("--tokenizer-hf-include-special-tokens", action="store_true", default=None, dest="special")
+    special.add_argument("--tokenizer-hf-no-include-special-tokens", action="store_false", default=None, dest="special")
+    parser.add_argument("--tokenizer-hf-use-fast", action="store_true", help="always so here")
+    parser.add_argument("--use-gigatoken", action="store_true", help="used anyway where it gives the same ids")
+    parser.add_argument("--language", default=None, help="ours: code of the texts' language for .spans, e.g. fin_Latn")
+    parser.add_argument("--punkt-model", default=None, metavar="DIR", help="ours: how sentences end")
+
+
+def _preprocess_data(options: argparse.Namespace) -> int:
+    from megatron_xalign import workflows
+    from megatron_xalign.data.megatron_lm import MegatronFlags, jobs_of
+
+    flags = MegatronFlags(
+        input=options.input, output_prefix=options.output_prefix, tokenizer_type=options.tokenizer_type,
+        tokenizer_model=options.tokenizer_model, json_keys=tuple(options.json_keys), append_eod=options.append_eod,
+        split_sentences=options.split_sentences, keep_newlines=options.keep_newlines, lang=options.lang,
+        workers=options.workers, partitions=options.partitions,
+        keep_sequential_samples=options.keep_sequential_samples, hf_special_tokens=options.special,
+        vocab_size=options.vocab_size, tiktoken_pattern=options.tiktoken_pattern,
+        tiktoken_num_special_tokens=options.tiktoken_num_special_tokens,
+        special_tokens=tuple(options.tokenizer_special_tokens) if options.tokenizer_special_tokens else None,
+        language=options.language, punkt_model=options.punkt_model,
+    )
+    return _print_outcomes(workflows.preprocess_all(jobs_of(flags)), False)
 
 
 def _add_verify(verbs: Any) -> None:

@@ -176,6 +176,31 @@ def preprocess_all(jobs: Sequence[JobSettings]) -> list[Outcome]:
     return [run_job(job) for job in jobs]
 
 
+def preprocess_task(jobs: Sequence[JobSettings], task: str) -> list[dict[str, Any]]:
+    """Do the parts of one task (``3/16``) of each job; return what it did."""
+    from megatron_xalign.data.cluster import Task, run_task
+
+    return [run_task(job, Task.parse(task)) for job in jobs]
+
+
+def join_tasks(jobs: Sequence[JobSettings]) -> list[Outcome]:
+    """Join the parts that the tasks of each job did."""
+    from megatron_xalign.data import cluster
+
+    return [cluster.join_tasks(job) for job in jobs]
+
+
+def preprocess_with_datatrove(
+    jobs: Sequence[JobSettings], kind: Literal["local", "slurm", "ray"], num_tasks: int, options: Mapping[str, Any]
+) -> list[Outcome] | None:
+    """Do each job with an executor of datatrove; None if the jobs are in a queue now."""
+    from megatron_xalign.data.cluster import run_datatrove
+
+    outcomes = [run_datatrove(job, kind, num_tasks, options=options) for job in jobs]
+    done = [outcome for outcome in outcomes if outcome is not None]
+    return done if len(done) == len(outcomes) else None
+
+
 def plan_preprocessing(jobs: Sequence[JobSettings]) -> list[dict[str, Any]]:
     """What preprocessing jobs would do, and about what that would take; touches nothing."""
     from megatron_xalign.data.preprocess import describe_plan
