@@ -245,7 +245,7 @@ class SentencePieceModel:
         types = read_piece_types(data)
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except RuntimeError as error:
+        except Exception as error:  # RuntimeError, or UnicodeDecodeError out of its own message
             raise FormatError(f"the SentencePiece library refuses the model: {error}.") from None
         if add_special_tokens and processor.bos_id() < 0:
             raise ConfigError("add_special_tokens asks for a beginning-of-sentence piece; the model has none.")
