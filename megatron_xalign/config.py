@@ -314,10 +314,16 @@ class DataConfig:
     """Whether what follows an end-of-document token bears no loss."""
     index_cache_dir: str = ""
     """Folder for index files that runs share; empty: the user's cache folder; ``none``: nothing is kept."""
+    num_workers: int = 0
+    """Processes of each rank that read samples ahead; 0 reads when asked, fast enough from a local disk."""
+    prefetch_factor: int = 2
+    """Micro-batches each of them keeps ready."""
     probe: str | None = None
     """JSON lines of held-out translations (``{"id", "texts": {language: text}}``), for capture."""
 
     def __post_init__(self) -> None:
+        _require(self.num_workers >= 0, f"num_workers={self.num_workers} is negative; 0 reads in the process itself.")
+        _require(self.prefetch_factor > 0, f"prefetch_factor={self.prefetch_factor} must be positive.")
         _require(0 < self.seq_length < 1 << 31, f"seq_length={self.seq_length} is outside 1..2147483647.")
         parts = self.split_parts
         _require(

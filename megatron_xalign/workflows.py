@@ -286,13 +286,14 @@ def audit_blend(config: RunConfig, num_samples: int = 0) -> tuple[dict[str, Any]
 def train(config: RunConfig) -> Path:
     """Train one model, or continue its training; return its run folder. Every process of the job calls it."""
     from megatron_xalign import topology
-    from megatron_xalign.batch import CurrentBatch, collate
+    from megatron_xalign.batch import CurrentBatch
     from megatron_xalign.capture.observer import NeuronObserver
     from megatron_xalign.data.blend import build_blend
     from megatron_xalign.data.tokenizer import Tokenizer
     from megatron_xalign.formats.token_file import check_same_tokenizer
     from megatron_xalign.training import checkpoint, loop
     from megatron_xalign.training.forward import build_forward_only
+    from megatron_xalign.training.loading import batches_of
     from megatron_xalign.training.model import build_model, padded_vocab_size
     from megatron_xalign.training.optimizer import build_optimizer
     from megatron_xalign.training.sizes import flops_per_token
@@ -371,15 +372,17 @@ def train(config: RunConfig) -> Path:
                 checkpoint.prune(run.checkpoints, config.training.keep_checkpoints)
             return path
 
-        loop.fit(
-            model_chunks, optimizer, lambda samples: collate([blend[sample] for sample in samples]), training, ranks,
-            metrics_path=run.metrics_path, save=save, languages=blend.languages,
-            source_names=blend.source_names,
-            parallel_sources=[item.text.name for item in blend.plan.sources if item.text.origin == "parallel"],
-            flops_per_token=flops_per_token(config.model, vocab_size, config.data.seq_length),
-            observers=observers, current_batch=current_batch, start_step=start_step,
-            loss_state=loss_state,
-        )
+        with batches_of(
+            blend, loop.micro_batches(start_step, training, ranks), num_workers=config.data.num_workers,
+            prefetch_factor=config.data.prefetch_factor, pin_memory=ranks.device.type == "cuda",
+        ) as get_batch:
+            loop.fit(
+                model_chunks, optimizer, get_batch, training, ranks, metrics_path=run.metrics_path, save=save,
+                languages=blend.languages, source_names=blend.source_names,
+                parallel_sources=[item.text.name for item in blend.plan.sources if item.text.origin == "parallel"],
+                flops_per_token=flops_per_token(config.model, vocab_size, config.data.seq_length),
+                observers=observers, current_batch=current_batch, start_step=start_step, loss_state=loss_state,
+            )
     return run.path
 
 

@@ -152,6 +152,7 @@ def _pad(
         language_ids=torch.from_numpy(language_ids),
         label_language_ids=torch.from_numpy(label_language_ids),
         source_ids=torch.full(shape, -1, dtype=torch.int16),
+        document_ids=torch.full(shape, -1, dtype=torch.int32),
     )
     return ProbeBatch(batch, torch.tensor(rows, dtype=torch.int64))
 

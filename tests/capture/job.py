@@ -41,7 +41,7 @@ def sample(number: int) -> dict[str, np.ndarray]:
     return {
         "tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": np.ones(LENGTH, np.float32),
         "position_ids": np.arange(LENGTH), "language_ids": language_ids[:-1], "label_language_ids": language_ids[1:],
-        "source_ids": np.zeros(LENGTH, np.int16),
+        "source_ids": np.zeros(LENGTH, np.int16), "document_ids": np.zeros(LENGTH, np.int32),
     }
 
 

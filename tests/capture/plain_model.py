@@ -87,6 +87,7 @@ def make_batches(seed: int, sizes: list[int]) -> list[Batch]:
                 tokens=tokens, labels=tokens, loss_mask=torch.ones(size, LENGTH),
                 position_ids=torch.arange(LENGTH).expand(size, LENGTH), language_ids=language_ids,
                 label_language_ids=language_ids, source_ids=torch.zeros(size, LENGTH, dtype=torch.int16),
+                document_ids=torch.zeros(size, LENGTH, dtype=torch.int32),
             )
         )
     return batches

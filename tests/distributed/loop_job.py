@@ -155,7 +155,7 @@ def _sample(number: int, weight: float) -> dict[str, Any]:
     return {
         "tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": np.full(8, weight, np.float32),
         "position_ids": np.arange(8), "language_ids": zeros, "label_language_ids": zeros,
-        "source_ids": np.zeros(8, np.int16),
+        "source_ids": np.zeros(8, np.int16), "document_ids": np.zeros(8, np.int32),
     }
 
 

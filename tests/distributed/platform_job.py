@@ -109,6 +109,7 @@ def _sample() -> dict[str, Any]:
     return {
         "tokens": tokens, "labels": tokens, "loss_mask": np.ones(8, np.float32), "position_ids": tokens,
         "language_ids": no_language, "label_language_ids": no_language, "source_ids": np.full(8, -1, np.int16),
+        "document_ids": np.full(8, -1, np.int32),
     }
 
 

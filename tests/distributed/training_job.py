@@ -36,7 +36,7 @@ def sample(number: int) -> dict[str, np.ndarray]:
         # Rows of different weight, so that a mean of means would differ from the mean over tokens.
         "loss_mask": (rng.random(LENGTH) < rng.random()).astype(np.float32),
         "language_ids": language_ids[:-1], "label_language_ids": language_ids[1:],
-        "source_ids": np.full(LENGTH, number % 2, np.int16),
+        "source_ids": np.full(LENGTH, number % 2, np.int16), "document_ids": np.zeros(LENGTH, np.int32),
     }
 
 

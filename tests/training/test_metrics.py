@@ -45,7 +45,7 @@ def random_batch(seed: int, rows: int = 3, length: int = 11) -> tuple[Batch, tor
         tokens=integers(0, 9, torch.int64), labels=integers(0, 9, torch.int64),
         loss_mask=integers(0, 2, torch.float32), position_ids=integers(0, 9, torch.int64),
         language_ids=integers(-1, 3, torch.int8), label_language_ids=integers(-1, 2, torch.int8),
-        source_ids=integers(-1, 2, torch.int16),
+        source_ids=integers(-1, 2, torch.int16), document_ids=integers(0, 2, torch.int32),
     )
     return batch, torch.rand(rows, length, generator=generator) * 5
 
