@@ -6,19 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 def blend_order(weights: NDArray[np.int64], num_samples: int | None = None) -> NDArray[np.int32]: ...
-def blend_windows(
-    window_counts: list[NDArray[np.int32]],
-    num_samples: int,
-    *,
-    seq_length: int,
-    parallel_fraction: tuple[int, int],
-    count_all_tokens: bool,
-    parallel_fills_languages: bool,
-    language_shares: list[int],
-    language_rates: list[int],
-    language_of_source: list[int],
-    source_weights: list[int],
-) -> tuple[NDArray[np.int32], int | None]: ...
 def permutation(seed: int, size: int) -> NDArray[np.int64]: ...
 def sample_index(document_lengths: NDArray[np.int32] | NDArray[np.int64], seq_length: int) -> NDArray[np.int64]: ...
 def count_languages(

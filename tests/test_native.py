@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from megatron_xalign import _native
 
 CSRC = Path(__file__).parents[1] / "csrc"
-PARTS = {"blend": ["blend", "blend_order"]}
+PARTS = {"blender": ["blender", "blend_tally", "fair_queue", "fraction_schedule", "order_store"]}
 """Files under csrc/src that a program under csrc/tests needs, where they are not the one of its name."""
 WEIGHTS = st.lists(st.integers(0, 10**12), min_size=1, max_size=12).filter(any)
 
@@ -164,7 +164,7 @@ def test_wrong_arguments_are_value_errors_that_name_them(call: object, words: st
         call()  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("name", ["permutation", "blend", "windows"])
+@pytest.mark.parametrize("name", ["permutation", "blend", "fair_queue", "blender", "order_store", "windows"])
 def test_the_librarys_own_tests_pass(name: str, tmp_path: Path) -> None:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:

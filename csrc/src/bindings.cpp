@@ -8,7 +8,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -44,40 +43,6 @@ py::array_t<std::int32_t> blend_order(const py::array& weights, std::optional<st
     order = xalign::blend_order(data, size, wanted);
   }
   return to_array(std::move(order));
-}
-
-std::tuple<py::array_t<std::int32_t>, std::optional<std::int32_t>> blend_windows(
-    const std::vector<py::array>& window_counts, std::int64_t num_samples, std::int64_t seq_length,
-    std::pair<std::int64_t, std::int64_t> parallel_fraction, bool count_all_tokens, bool parallel_fills_languages,
-    std::vector<std::int64_t> language_shares, std::vector<std::int64_t> language_rates,
-    std::vector<std::int32_t> language_of_source, std::vector<std::int64_t> source_weights) {
-  std::vector<xalign::WindowCounts> sources;
-  for (const auto& counts : window_counts) {
-    const auto* data = data_of<std::int32_t>(counts, 2, "window_counts");
-    if (counts.shape(1) != static_cast<py::ssize_t>(language_shares.size())) {
-      throw std::invalid_argument("window_counts have " + std::to_string(counts.shape(1)) +
-                                  " columns; one for each of " + std::to_string(language_shares.size()) +
-                                  " languages is expected.");
-    }
-    sources.push_back({data, counts.shape(0)});
-  }
-  const xalign::BlendTarget target{seq_length,
-                                   parallel_fraction.first,
-                                   parallel_fraction.second,
-                                   count_all_tokens,
-                                   parallel_fills_languages,
-                                   std::move(language_shares),
-                                   std::move(language_rates),
-                                   std::move(language_of_source),
-                                   std::move(source_weights)};
-  xalign::BlendOfWindows blend;
-  {
-    py::gil_scoped_release free;
-    blend = xalign::blend_windows(target, sources, num_samples);
-  }
-  std::optional<std::int32_t> exhausted;
-  if (blend.exhausted_source >= 0) exhausted = blend.exhausted_source;
-  return {to_array(std::move(blend.source_of_sample)), exhausted};
 }
 
 py::array_t<std::int64_t> permutation(std::uint64_t seed, std::int64_t size) {
@@ -297,10 +262,6 @@ PYBIND11_MODULE(_native, module) {
   bind_blends(module);
   module.doc() = "libxalign: the C++ under csrc/. Contracts stand in csrc/include/xalign/*.h, types in _native.pyi.";
   module.def("blend_order", &blend_order, py::arg("weights"), py::arg("num_samples") = py::none());
-  module.def("blend_windows", &blend_windows, py::arg("window_counts"), py::arg("num_samples"), py::kw_only(),
-             py::arg("seq_length"), py::arg("parallel_fraction"), py::arg("count_all_tokens"),
-             py::arg("parallel_fills_languages"), py::arg("language_shares"), py::arg("language_rates"),
-             py::arg("language_of_source"), py::arg("source_weights"));
   module.def("permutation", &permutation, py::arg("seed"), py::arg("size"));
   module.def("sample_index", &sample_index, py::arg("document_lengths"), py::arg("seq_length"));
   module.def("count_languages", &count_languages, py::arg("language_ids"), py::arg("positions"),

@@ -84,7 +84,7 @@ std::unique_ptr<Blender> make_blender(
     std::vector<std::int32_t> group_of_source, std::vector<std::int64_t> source_weights,
     std::vector<std::vector<std::int32_t>> languages_of_source, bool documents, bool keep_pairs_whole,
     std::int64_t batch_size, std::uint64_t batch_key) {
-  xalign::BlenderTarget target;
+  xalign::BlendTarget target;
   target.seq_length = seq_length;
   target.num_samples = num_samples;
   target.denominator = denominator;

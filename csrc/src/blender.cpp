@@ -36,7 +36,7 @@ std::vector<bool> are_parallel(const std::vector<std::int32_t>& group_of_source)
 
 }  // namespace
 
-Blender::Blender(BlenderTarget target)
+Blender::Blender(BlendTarget target)
     : target_(std::move(target)),
       schedule_(target_.phases, target_.denominator, target_.seq_length),
       tally_(schedule_, are_parallel(target_.group_of_source), target_.languages_of_source,

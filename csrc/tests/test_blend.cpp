@@ -7,7 +7,6 @@
 #include "check.h"
 
 using xalign::blend_order;
-using xalign::blend_windows;
 
 namespace {
 
@@ -17,18 +16,6 @@ std::vector<std::int32_t> order_of(const std::vector<std::int64_t>& weights, std
 
 // A small pseudo-random sequence; the quality of the numbers does not matter here.
 std::uint64_t scramble(std::uint64_t& state) { return (state = state * 6364136223846793005ULL + 1442695040888963407ULL) >> 33; }
-
-xalign::BlendTarget plain_target(std::size_t num_languages) {
-  xalign::BlendTarget target;
-  target.seq_length = 64;
-  target.parallel_numerator = 0;
-  target.parallel_denominator = 1;
-  target.count_all_tokens = false;
-  target.parallel_fills_languages = true;
-  target.language_shares.assign(num_languages, 1);
-  target.language_rates.assign(num_languages, 1);
-  return target;
-}
 
 }  // namespace
 
@@ -103,49 +90,7 @@ void many_sources_of_very_different_weights_stay_within_one_sample() {
   }
 }
 
-void a_source_that_runs_out_is_named_and_changes_nothing_before() {
-  const std::vector<std::int32_t> few(2 * 4, 20), many(2 * 50, 30);
-  std::vector<std::int32_t> english(few), finnish(many);
-  for (std::size_t i = 0; i < english.size(); i += 2) english[i + 1] = 0;
-  for (std::size_t i = 0; i < finnish.size(); i += 2) finnish[i] = 0;
-  auto target = plain_target(2);
-  target.language_of_source = {0, 1};
-  target.source_weights = {1, 1};
-  const auto blend = blend_windows(target, {{english.data(), 4}, {finnish.data(), 50}}, 40);
-  CHECK(blend.exhausted_source == 0);
-  CHECK(blend.source_of_sample.size() < 40 && blend.source_of_sample.size() >= 4);
-  const auto shorter = blend_windows(target, {{english.data(), 3}, {finnish.data(), 50}}, 40);
-  CHECK(shorter.source_of_sample.size() < blend.source_of_sample.size());
-  for (std::size_t k = 0; k < shorter.source_of_sample.size(); ++k) {
-    CHECK(shorter.source_of_sample[k] == blend.source_of_sample[k]);
-  }
-}
-
 void contradictions_are_refused() {
-  const std::vector<std::int32_t> rows(10, 10);
-  auto target = plain_target(1);
-  target.language_of_source = {0};
-  target.source_weights = {1};
-  const std::vector<xalign::WindowCounts> sources = {{rows.data(), 10}};
-  CHECK(blend_windows(target, sources, 10).source_of_sample.size() == 10);
-  CHECK_THROWS(blend_windows(target, {}, 10), std::invalid_argument);
-  CHECK_THROWS(blend_windows(target, sources, -1), std::invalid_argument);
-  auto wrong = target;
-  wrong.parallel_numerator = 1;  // without a parallel source
-  wrong.parallel_denominator = 2;
-  CHECK_THROWS(blend_windows(wrong, sources, 10), std::invalid_argument);
-  wrong = target;
-  wrong.seq_length = 5;  // windows hold 10
-  CHECK_THROWS(blend_windows(wrong, sources, 10), std::invalid_argument);
-  wrong = target;
-  wrong.language_of_source = {1};
-  CHECK_THROWS(blend_windows(wrong, sources, 10), std::invalid_argument);
-  wrong = target;
-  wrong.source_weights = {std::int64_t{1} << 61};
-  CHECK_THROWS(blend_windows(wrong, sources, 10), std::invalid_argument);
-  wrong = target;
-  wrong.language_shares = {-1};
-  CHECK_THROWS(blend_windows(wrong, sources, 10), std::invalid_argument);
   CHECK_THROWS(order_of({}, 1), std::invalid_argument);
   CHECK_THROWS(order_of({0, 0}, 1), std::invalid_argument);
   CHECK_THROWS(order_of({1, -1}, 1), std::invalid_argument);
@@ -157,6 +102,5 @@ int main() {
   huge_weights_do_not_overflow();
   calls_of_any_size_give_one_order();
   many_sources_of_very_different_weights_stay_within_one_sample();
-  a_source_that_runs_out_is_named_and_changes_nothing_before();
   contradictions_are_refused();
 }

@@ -17,7 +17,7 @@
 namespace xalign {
 
 // What a blend is to hold to. Weights and shares are integers of any common scale, at most 2^60 in sum.
-struct BlenderTarget {
+struct BlendTarget {
   std::int64_t seq_length = 0;
   std::int64_t num_samples = 0;
   std::int64_t denominator = 1;             // of the fractions, at most 2^60
@@ -59,7 +59,7 @@ class Blender {
  public:
   // Throws std::invalid_argument on contradictory sizes, negative numbers, sums above 2^60, a fraction without parallel
   // sources, or shares without monolingual ones.
-  explicit Blender(BlenderTarget target);
+  explicit Blender(BlendTarget target);
 
   // The next draws of a source: content [num_draws, languages of the source] row-major, tokens (padding excluded) and
   // tokens whose label bears loss [num_draws]. The last token of a document bears none if there is one that does not.
@@ -118,7 +118,7 @@ class Blender {
   void pad();
   void end_sample(std::int64_t padding);
 
-  BlenderTarget target_;
+  BlendTarget target_;
   FractionSchedule schedule_;
   BlendTally tally_;
   std::vector<Supply> supplies_;
