@@ -29,7 +29,7 @@ from megatron_xalign.data.parts import PartMaker, check_skipped
 from megatron_xalign.data.work_folder import WorkFolder
 from megatron_xalign.data.workers import Done, WorkerPool, peak_memory_bytes
 from megatron_xalign.errors import FormatError
-from megatron_xalign.formats.atomic import read_json, remove_abandoned, write_json
+from megatron_xalign.formats.atomic import read_json, write_json
 from megatron_xalign.formats.token_file import read_token_file, token_dtype
 from megatron_xalign.progress import progress_bar
 
@@ -230,8 +230,9 @@ def _tidy(folder: WorkFolder) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        remove_abandoned(folder.path)
-        if any(folder.path.glob("part-*.json")):
+        # Only workers of this job wrote here, and they are gone.
+        folder.remove_partial()
+        if folder.has_record():
             _LOG.info("what is done is kept in %s; the same command continues there.", folder.path)
         else:
             folder.remove_all()

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_xalign.errors import ConfigError
-from megatron_xalign.formats.atomic import cannot_write, remove_abandoned
+from megatron_xalign.formats.atomic import cannot_write
 
 _LOG = logging.getLogger(__name__)
 
@@ -84,15 +84,27 @@ class WorkFolder:
         """What says that a part is done."""
         return self.path / f"part-{index:05d}.json"
 
+    def has_record(self) -> bool:
+        """Whether any part is done."""
+        return any(path.name.count(".") == 1 for path in self.path.glob("part-*.json"))
+
     def remove_part(self, index: int) -> None:
         """Remove a part, what says that it is done first."""
         self.record_path(index).unlink(missing_ok=True)
         for path in self.path.glob(f"part-{index:05d}.*"):
             path.unlink(missing_ok=True)
 
+    def remove_partial(self) -> None:
+        """Remove files that were being written; call it while holding the folder alone."""
+        for path in self.path.glob(".*.partial-*"):
+            _remove(path)
+
     def clean(self, finished: set[int]) -> None:
-        """Remove what killed jobs left, and every part that is not among the finished ones."""
-        remove_abandoned(self.path)
+        """Remove what killed jobs left, and every part that is not among the finished ones.
+
+        Call it while holding the folder alone: then whatever is half written here, nobody writes any more.
+        """
+        self.remove_partial()
         for path in self.path.glob("part-*.*"):
             number = path.name.removeprefix("part-").partition(".")[0]
             if not number.isdecimal() or int(number) not in finished:
@@ -103,10 +115,7 @@ class WorkFolder:
     def remove(self, name: str) -> None:
         """Remove a file or folder inside, and token files of that name."""
         for path in (self.path / name, *self.path.glob(f"{name}.*")):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            _remove(path)
 
     def remove_all(self) -> None:
         """Remove everything a job puts there, and the folder; call it while holding it."""
@@ -119,3 +128,10 @@ class WorkFolder:
             pass
         except OSError:
             _LOG.warning("%s holds files that are not of this job; it stays.", self.path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

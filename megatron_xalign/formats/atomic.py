@@ -175,7 +175,11 @@ def _is_running(pid: int) -> bool:
         return False
     except (OSError, OverflowError):
         return True
-    return True
+    try:
+        # In a container nobody may reap what was orphaned: a zombie has a number and writes no more.
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z"
+    except (OSError, IndexError):
+        return True
 
 
 def _is_held(path: Path) -> bool:
