@@ -51,7 +51,8 @@ def get_batch(numbers: list[int]) -> Batch:
         samples.append({
             "tokens": tokens[:-1], "labels": tokens[1:], "position_ids": np.arange(LENGTH),
             "loss_mask": np.ones(LENGTH, np.float32), "language_ids": languages[:-1],
-            "label_language_ids": languages[1:], "source_ids": np.zeros(LENGTH, np.int16), "document_ids": np.zeros(LENGTH, np.int32),
+            "label_language_ids": languages[1:], "source_ids": np.zeros(LENGTH, np.int16),
+            "document_ids": np.zeros(LENGTH, np.int32),
         })
     return collate(samples)
 
