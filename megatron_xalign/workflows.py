@@ -112,11 +112,13 @@ def train_tokenizer_on_files(
     """The same on any files that preprocessing reads; malformed lines are passed over."""
     from megatron_xalign.data.corpus_sample import texts_of
     from megatron_xalign.data.inputs import find_inputs, plan_parts
+    from megatron_xalign.data.layouts import with_layout_found
 
     texts: Iterator[tuple[str, str]] = iter(())
     identity: list[Any] = []
     for one in fields:
         found = find_inputs(inputs, format=input_format, fields=one)
+        one = with_layout_found(found, one)
         pieces = [piece for part in plan_parts(found, one) for piece in part.pieces]
         texts = itertools.chain(texts, texts_of(pieces, one))
         identity.append([one.to_tree(), [[str(file.path), file.num_bytes, file.mtime_ns] for file in found]])
@@ -173,21 +175,30 @@ def preprocess_all(jobs: Sequence[JobSettings]) -> list[Outcome]:
     """Do preprocessing jobs one after the other; return what each made and took."""
     from megatron_xalign.data.preprocess import run_job
 
-    return [run_job(job) for job in jobs]
+    return [run_job(_with_layout(job)) for job in jobs]
+
+
+def _with_layout(job: JobSettings) -> JobSettings:
+    """The job with the layout that its pairs have, where none was asked for."""
+    from megatron_xalign.data.inputs import find_inputs
+    from megatron_xalign.data.layouts import with_layout_found
+
+    inputs = find_inputs(job.inputs, format=job.input_format, fields=job.fields)
+    return dataclasses.replace(job, fields=with_layout_found(inputs, job.fields))
 
 
 def preprocess_task(jobs: Sequence[JobSettings], task: str) -> list[dict[str, Any]]:
     """Do the parts of one task (``3/16``) of each job; return what it did."""
     from megatron_xalign.data.cluster import Task, run_task
 
-    return [run_task(job, Task.parse(task)) for job in jobs]
+    return [run_task(_with_layout(job), Task.parse(task)) for job in jobs]
 
 
 def join_tasks(jobs: Sequence[JobSettings]) -> list[Outcome]:
     """Join the parts that the tasks of each job did."""
     from megatron_xalign.data import cluster
 
-    return [cluster.join_tasks(job) for job in jobs]
+    return [cluster.join_tasks(_with_layout(job)) for job in jobs]
 
 
 def preprocess_with_datatrove(
@@ -196,7 +207,7 @@ def preprocess_with_datatrove(
     """Do each job with an executor of datatrove; None if the jobs are in a queue now."""
     from megatron_xalign.data.cluster import run_datatrove
 
-    outcomes = [run_datatrove(job, kind, num_tasks, options=options) for job in jobs]
+    outcomes = [run_datatrove(_with_layout(job), kind, num_tasks, options=options) for job in jobs]
     done = [outcome for outcome in outcomes if outcome is not None]
     return done if len(done) == len(outcomes) else None
 
@@ -205,7 +216,7 @@ def plan_preprocessing(jobs: Sequence[JobSettings]) -> list[dict[str, Any]]:
     """What preprocessing jobs would do, and about what that would take; touches nothing."""
     from megatron_xalign.data.preprocess import describe_plan
 
-    return [describe_plan(job) for job in jobs]
+    return [describe_plan(_with_layout(job)) for job in jobs]
 
 
 def verify(prefix: Path, tokenizer: Path | None = None, num_samples: int = 3) -> dict[str, Any]:
