@@ -121,8 +121,11 @@ def sample_index(plan: MixturePlan, order: Order) -> _native.SampleIndex:
 
 
 def _made_from(plan: MixturePlan, streams: Sequence[SourceStream]) -> dict[str, Any]:
-    """Everything that decides an order. Of a source that gives nothing only that it is there."""
-    sources = [stream.identity if item.weight else None for item, stream in zip(plan.sources, streams, strict=True)]
+    """Everything that decides an order and its sums. Of a source that gives nothing only that it is there."""
+    sources = [
+        [stream.identity, stream.eod_mask_loss] if item.weight else None
+        for item, stream in zip(plan.sources, streams, strict=True)
+    ]
     text = json.dumps([_settings(plan), sources], sort_keys=True, separators=(",", ":"))
     return {"version": ORDER_VERSION, "sha256": hashlib.sha256(text.encode("ascii")).hexdigest()}
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -121,12 +122,15 @@ class Tally:
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in numbers.items()
         }
-        with np.load(folder / "tally.npz", allow_pickle=False) as arrays:
-            for item in fields(cls):
-                if item.name in ("phases", "slots"):
-                    values[item.name] = TextSums(
-                        **{part.name: arrays[f"{item.name}.{part.name}"] for part in fields(TextSums)}
-                    )
-                elif item.name not in values:
-                    values[item.name] = arrays[item.name]
+        try:
+            with np.load(folder / "tally.npz", allow_pickle=False) as arrays:
+                for item in fields(cls):
+                    if item.name in ("phases", "slots"):
+                        values[item.name] = TextSums(
+                            **{part.name: arrays[f"{item.name}.{part.name}"] for part in fields(TextSums)}
+                        )
+                    elif item.name not in values:
+                        values[item.name] = arrays[item.name]
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"tally.npz: {error}") from None
         return cls(**values)

@@ -95,7 +95,8 @@ def targets(draw: st.DrawFn, documents: bool) -> tuple[Target, list[list[Draw]]]
     seq_length = draw(st.sampled_from([8, 20, 33]))
     longest = draw(st.sampled_from([5, 12, 30, 70])) if documents else seq_length
     denominator = draw(st.sampled_from([20, 97, 10**12]))
-    fraction = st.sampled_from([Fraction(n, denominator) for n in (0, denominator // 20, denominator // 3, denominator)])
+    numerators = (0, denominator // 20, denominator // 3, denominator)
+    fraction = st.sampled_from([Fraction(numerator, denominator) for numerator in numerators])
     phases: list[tuple[int, Fraction, Fraction]] = []
     for _ in range(draw(st.integers(1, 3))):
         begin = draw(fraction)
