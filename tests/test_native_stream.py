@@ -151,7 +151,10 @@ def test_windows_and_their_counts_are_those_of_a_loop(case: tuple[File, dict[str
             assert read == [token.id for token in window]
             languages = [token.language for token in window[inputs]]
             assert content_WF[row].tolist() == [languages.count(run) for run in file.arrays["run_language"]]
-            assert tokens_W[row] == len(window[inputs])
+            if cut["whole_documents"]:
+                assert tokens_W[row] == len(window)
+            else:
+                assert tokens_W.shape == (0,)
             labelled = window[:-1]
             assert eod_W[row] == sum(token.is_eod for token in labelled)
             draw += 1
@@ -271,7 +274,7 @@ def test_any_number_of_threads_builds_and_counts_the_same(num_threads: int) -> N
     assert content_WF.dtype == np.uint16
     np.testing.assert_array_equal(eod_W, ends_W[draws])
     np.testing.assert_array_equal(content_WF[:, 0], 16 - ends_W[draws])
-    assert set(tokens_W) == {16}
+    assert tokens_W.shape == (0,)
     # Half of the windows, against flags over windows and documents.
     drawn = np.zeros(num_windows + 1, dtype=bool)
     drawn[draws[: num_windows // 2]] = True

@@ -119,15 +119,17 @@ void use_packing(SourceStream& stream, std::int64_t epoch, const py::array& docu
                      keeper_of(py::make_tuple(documents, window_starts)));
 }
 
-// content [rows, languages of the file], tokens [rows], end-of-document tokens [rows].
+// content [rows, languages of the file], tokens [rows], end-of-document tokens [rows]. Of windows that are all full
+// tokens are not counted: [0].
 using CountArrays = std::tuple<py::array, py::array, py::array>;
 
 template <typename Count, typename Work>
-CountArrays counted(const SourceStream& stream, std::int64_t rows, Work work) {
+CountArrays counted(const SourceStream& stream, std::int64_t rows, bool all_full, Work work) {
   const auto languages = static_cast<py::ssize_t>(stream.file().num_languages());
   py::array_t<Count> content({static_cast<py::ssize_t>(rows), languages});
-  py::array_t<Count> tokens(rows), eod(rows);
-  const xalign::Counts<Count> counts{content.mutable_data(), tokens.mutable_data(), eod.mutable_data()};
+  py::array_t<Count> tokens(all_full ? 0 : rows), eod(rows);
+  const xalign::Counts<Count> counts{content.mutable_data(), all_full ? nullptr : tokens.mutable_data(),
+                                     eod.mutable_data()};
   {
     py::gil_scoped_release free;
     work(counts);
@@ -139,15 +141,16 @@ CountArrays count_epoch(const SourceStream& stream, std::int64_t epoch, int num_
   const std::int64_t rows = stream.num_windows(epoch);
   const auto count = [&](const auto& counts) { stream.count_epoch(epoch, counts, num_threads); };
   // Two bytes a count wherever they are enough: there is a row for every window of a run.
-  return stream.cutting().seq_length <= 65535 ? counted<std::uint16_t>(stream, rows, count)
-                                              : counted<std::int32_t>(stream, rows, count);
+  const bool all_full = !stream.cutting().whole_documents;
+  return stream.cutting().seq_length <= 65535 ? counted<std::uint16_t>(stream, rows, all_full, count)
+                                              : counted<std::int32_t>(stream, rows, all_full, count);
 }
 
 CountArrays count_documents(const SourceStream& stream, std::int64_t begin, std::int64_t end, int num_threads) {
   if (begin < 0 || end < begin) {
     throw std::invalid_argument("documents " + std::to_string(begin) + ".." + std::to_string(end) + " are no draws.");
   }
-  return counted<std::int32_t>(stream, end - begin, [&](const xalign::Counts<std::int32_t>& counts) {
+  return counted<std::int32_t>(stream, end - begin, false, [&](const xalign::Counts<std::int32_t>& counts) {
     stream.count_documents(begin, end - begin, counts, num_threads);
   });
 }
@@ -160,7 +163,7 @@ CountArrays count_stretches(const SourceStream& stream, const py::array& draws, 
   const std::int64_t rows = draws.shape(0);
   require_length(begins, rows, "begins");
   require_length(ends, rows, "ends");
-  return counted<std::int32_t>(stream, rows, [&](const xalign::Counts<std::int32_t>& counts) {
+  return counted<std::int32_t>(stream, rows, false, [&](const xalign::Counts<std::int32_t>& counts) {
     stream.count_stretches(of_draw, first, last, rows, counts, num_threads);
   });
 }

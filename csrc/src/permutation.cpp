@@ -101,41 +101,20 @@ inline __attribute__((always_inline)) void network(Halves& x, std::size_t count,
   }
 }
 
-using Pass = void (*)(Halves&, std::size_t, const std::uint32_t*, int, int);
-
-void forth(Halves& x, std::size_t count, const std::uint32_t* keys, int high_bits, int low_bits) {
-  network<true>(x, count, keys, high_bits, low_bits);
-}
-void back(Halves& x, std::size_t count, const std::uint32_t* keys, int high_bits, int low_bits) {
-  network<false>(x, count, keys, high_bits, low_bits);
-}
-
-#if defined(__x86_64__) && defined(__GNUC__)
-// The same, for processors whose vectors multiply eight numbers at once; the build itself asks for none of that.
-__attribute__((target("avx2"))) void forth_avx2(Halves& x, std::size_t count, const std::uint32_t* keys, int high_bits,
-                                                int low_bits) {
-  network<true>(x, count, keys, high_bits, low_bits);
-}
-__attribute__((target("avx2"))) void back_avx2(Halves& x, std::size_t count, const std::uint32_t* keys, int high_bits,
-                                               int low_bits) {
-  network<false>(x, count, keys, high_bits, low_bits);
-}
-
-Pass choose(bool is_forth) {
-  if (__builtin_cpu_supports("avx2")) return is_forth ? forth_avx2 : back_avx2;
-  return is_forth ? forth : back;
-}
-#else
-Pass choose(bool is_forth) { return is_forth ? forth : back; }
-#endif
+// What of a permutation a walk needs to know.
+struct Network {
+  std::int64_t size;
+  const std::uint32_t* keys;
+  int high_bits, low_bits;
+};
 
 // Sends numbers(0), numbers(1), .. numbers(count - 1) through the network until all are below size. They may be read from
 // out itself.
-template <typename Numbers>
-void walk(bool is_forth, std::int64_t size, const std::uint32_t* keys, int high_bits, int low_bits, std::size_t count,
-          Numbers numbers, std::int64_t* out) {
-  static const Pass kForth = choose(true), kBack = choose(false);
-  const Pass pass = is_forth ? kForth : kBack;
+template <bool kForth, typename Numbers>
+inline __attribute__((always_inline)) void walk(const Network& net, std::size_t count, Numbers numbers,
+                                                std::int64_t* out) {
+  const int low_bits = net.low_bits;
+  const std::int64_t size = net.size;
   const auto low_mask = (std::uint32_t{1} << low_bits) - 1;
   Halves x;
   std::uint32_t again[kBlock];  // places in out of those that are not below size yet
@@ -147,13 +126,14 @@ void walk(bool is_forth, std::int64_t size, const std::uint32_t* keys, int high_
       x.high[i] = static_cast<std::uint32_t>(number >> low_bits);
       x.low[i] = static_cast<std::uint32_t>(number) & low_mask;
     }
-    pass(x, here, keys, high_bits, low_bits);
+    network<kForth>(x, here, net.keys, net.high_bits, low_bits);
+    for (std::size_t i = 0; i < here; ++i) {
+      to[i] = static_cast<std::int64_t>((static_cast<std::uint64_t>(x.high[i]) << low_bits) | x.low[i]);
+    }
     std::size_t left = 0;
     for (std::size_t i = 0; i < here; ++i) {
-      const auto number = static_cast<std::int64_t>((static_cast<std::uint64_t>(x.high[i]) << low_bits) | x.low[i]);
-      to[i] = number;
       again[left] = static_cast<std::uint32_t>(i);
-      left += number >= size;
+      left += to[i] >= size;
     }
     while (left > 0) {
       for (std::size_t i = 0; i < left; ++i) {
@@ -161,7 +141,7 @@ void walk(bool is_forth, std::int64_t size, const std::uint32_t* keys, int high_
         x.high[i] = static_cast<std::uint32_t>(number >> low_bits);
         x.low[i] = static_cast<std::uint32_t>(number) & low_mask;
       }
-      pass(x, left, keys, high_bits, low_bits);
+      network<kForth>(x, left, net.keys, net.high_bits, low_bits);
       here = left;
       left = 0;
       for (std::size_t i = 0; i < here; ++i) {
@@ -174,6 +154,45 @@ void walk(bool is_forth, std::int64_t size, const std::uint32_t* keys, int high_
     }
   }
 }
+
+template <bool kForth, typename Numbers>
+void walk_anywhere(const Network& net, std::size_t count, Numbers numbers, std::int64_t* out) {
+  walk<kForth>(net, count, numbers, out);
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+// The same for processors whose vectors multiply eight numbers at once; the build itself asks for no such processor.
+template <bool kForth, typename Numbers>
+__attribute__((target("avx2"))) void walk_avx2(const Network& net, std::size_t count, Numbers numbers,
+                                               std::int64_t* out) {
+  walk<kForth>(net, count, numbers, out);
+}
+
+bool has_avx2() {
+  static const bool kHas = __builtin_cpu_supports("avx2");
+  return kHas;
+}
+#endif
+
+template <bool kForth, typename Numbers>
+void send(const Network& net, std::size_t count, Numbers numbers, std::int64_t* out) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (has_avx2()) return walk_avx2<kForth>(net, count, numbers, out);
+#endif
+  walk_anywhere<kForth>(net, count, numbers, out);
+}
+
+// Numbers one after the other, and numbers of a list.
+struct From {
+  std::int64_t first;
+  inline __attribute__((always_inline)) std::int64_t operator()(std::size_t i) const {
+    return first + static_cast<std::int64_t>(i);
+  }
+};
+struct Of {
+  const std::int64_t* list;
+  inline __attribute__((always_inline)) std::int64_t operator()(std::size_t i) const { return list[i]; }
+};
 
 }  // namespace
 
@@ -212,8 +231,8 @@ void Permutation::fill(std::int64_t first, std::int64_t count, std::int64_t* num
   if (high_bits_ == 0) {
     for (std::int64_t i = 0; i < count; ++i) numbers[i] = shuffled_[static_cast<std::size_t>(first + i)];
   } else {
-    walk(true, size_, keys_.data(), high_bits_, low_bits_, static_cast<std::size_t>(count),
-         [first](std::size_t i) { return first + static_cast<std::int64_t>(i); }, numbers);
+    const Network net{size_, keys_.data(), high_bits_, low_bits_};
+    send<true>(net, static_cast<std::size_t>(count), From{first}, numbers);
   }
 }
 
@@ -222,8 +241,8 @@ void Permutation::fill_positions(std::int64_t first, std::int64_t count, std::in
   if (high_bits_ == 0) {
     for (std::int64_t i = 0; i < count; ++i) positions[i] = unshuffled_[static_cast<std::size_t>(first + i)];
   } else {
-    walk(false, size_, keys_.data(), high_bits_, low_bits_, static_cast<std::size_t>(count),
-         [first](std::size_t i) { return first + static_cast<std::int64_t>(i); }, positions);
+    const Network net{size_, keys_.data(), high_bits_, low_bits_};
+    send<false>(net, static_cast<std::size_t>(count), From{first}, positions);
   }
 }
 
@@ -232,8 +251,8 @@ void Permutation::map(std::int64_t* positions, std::size_t count) const {
   if (high_bits_ == 0) {
     for (std::size_t i = 0; i < count; ++i) positions[i] = shuffled_[static_cast<std::size_t>(positions[i])];
   } else {
-    walk(true, size_, keys_.data(), high_bits_, low_bits_, count, [positions](std::size_t i) { return positions[i]; },
-         positions);
+    const Network net{size_, keys_.data(), high_bits_, low_bits_};
+    send<true>(net, count, Of{positions}, positions);
   }
 }
 

@@ -138,38 +138,24 @@ TokenFileView::Span TokenFileView::span_at(std::int64_t token, std::int64_t docu
   return span(low, token, document);
 }
 
-void TokenFileView::count(std::int64_t document, std::int64_t length, std::int64_t begin, std::int64_t end,
-                          std::int64_t* languages, std::int64_t* eod_tokens) const {
-  if (begin >= end) return;
-  switch (content) {
-    case Content::all:
-      languages[0] += end - begin;
-      return;
-    case Content::all_but_last: {
-      const bool with_last = end == length;
-      languages[0] += end - begin - with_last;
-      *eod_tokens += with_last;
-      return;
-    }
-    case Content::spans: {
-      const std::int64_t first = start(document, length);
-      std::int64_t at = first + begin;
-      const std::int64_t last = first + end;
-      for (Span here = span_at(at, document, begin == 0);; here = span_after(here, document)) {
-        const std::int64_t stop = std::min(here.end, last);
-        if (here.language >= 0) languages[here.language] += stop - at;
-        at = stop;
-        if (at == last) {
-          if (end == length) check_last(here, document, last);
-          *eod_tokens += end == length && here.language < 0;
-          return;
-        }
-      }
-    }
-    case Content::not_eod: {
-      const std::int64_t found = count_equal(*this, start(document, length) + begin, end - begin, eod);
-      languages[0] += end - begin - found;
-      *eod_tokens += found;
+void TokenFileView::count_by_reading(std::int64_t document, std::int64_t length, std::int64_t begin, std::int64_t end,
+                                     std::int64_t* languages, std::int64_t* eod_tokens) const {
+  const std::int64_t first = start(document, length);
+  if (content == Content::not_eod) {
+    const std::int64_t found = count_equal(*this, first + begin, end - begin, eod);
+    languages[0] += end - begin - found;
+    *eod_tokens += found;
+    return;
+  }
+  const std::int64_t last = first + end;
+  std::int64_t at = first + begin;
+  for (Span here = span_at(at, document, begin == 0);; here = span_after(here, document)) {
+    const std::int64_t stop = std::min(here.end, last);
+    if (here.language >= 0) languages[here.language] += stop - at;
+    at = stop;
+    if (at == last) {
+      if (end == length) check_last(here, document, last);
+      *eod_tokens += end == length && here.language < 0;
       return;
     }
   }

@@ -82,13 +82,26 @@ struct TokenFileView {
   }
 
   // What tokens begin..end-1 of a document of `length` tokens are: adds those of each language of the file to
-  // content[num_languages()], and 1 to eod if they hold its end-of-document token (the number of such tokens with
-  // Content::not_eod). Throws damaged_file.
-  void count(std::int64_t document, std::int64_t length, std::int64_t begin, std::int64_t end, std::int64_t* content,
-             std::int64_t* eod) const;
+  // languages[num_languages()], and 1 to eod_tokens if they hold its end-of-document token (the number of such tokens
+  // with Content::not_eod). Throws damaged_file.
+  void count(std::int64_t document, std::int64_t length, std::int64_t begin, std::int64_t end, std::int64_t* languages,
+             std::int64_t* eod_tokens) const {
+    if (begin >= end) return;
+    if (content == Content::all_but_last) {
+      const bool with_last = end == length;
+      languages[0] += end - begin - with_last;
+      *eod_tokens += with_last;
+    } else if (content == Content::all) {
+      languages[0] += end - begin;
+    } else {
+      count_by_reading(document, length, begin, end, languages, eod_tokens);
+    }
+  }
 
  private:
   std::int64_t distance_to_next(std::int64_t document) const;
+  void count_by_reading(std::int64_t document, std::int64_t length, std::int64_t begin, std::int64_t end,
+                        std::int64_t* languages, std::int64_t* eod_tokens) const;
   [[noreturn]] void bad_length(std::int64_t document, std::int64_t length) const;
   [[noreturn]] void bad_spans(std::int64_t document) const;
   Span span(std::int64_t index, std::int64_t token, std::int64_t document) const;
