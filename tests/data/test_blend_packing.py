@@ -362,10 +362,10 @@ def test_pairs_alone_can_be_mixed_documents(tokens: Path) -> None:
 @pytest.mark.parametrize(("packing", "whole"), PACKINGS)
 def test_ranks_read_the_same_mixture(tokens: Path, packing: str, whole: bool) -> None:
     config = run_of(tokens, 0.25, steps=80, languages=HALVES, packing=packing, keep_pairs_whole=whole)
-    audit = build_blend(config).audit([2, 3, 4, 6, 12])
+    audit = build_blend(config).audit([2, 3, 4])
     for size, entry in audit["data_parallel"].items():
         # Ranks of a batch of 12 have a handful of samples in a step; what is left is chance.
-        assert entry["spread"] < (0.1 if size == "2" else 0.2), size
+        assert entry["spread"] < (0.1 if size == "2" else 0.15), size
         if packing == "source_windows":
             # Of a batch of 12 samples a rank has 12 / size; the shuffle in runs of 8 moves some over a border.
             assert entry["most_uneven_step_samples"] <= 3
