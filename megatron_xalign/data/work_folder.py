@@ -53,6 +53,9 @@ class WorkFolder:
         while True:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise cannot_write(self.path, error) from None
+            try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except FileNotFoundError:
                 time.sleep(0.01)  # The job before removes the folder just now.
