@@ -177,6 +177,24 @@ def test_damage_that_was_not_looked_for_is_met_where_it_is_read(tmp_path: Path, 
                 assert file.language_ids(index).size == 4
 
 
+def test_a_document_of_more_tokens_than_int32_counts_is_refused(tmp_path: Path) -> None:
+    """Two sequences of 2**30 one-byte tokens, in one document and in two."""
+    half = 1 << 30
+    with companion(tmp_path / "x", "bin").open("wb") as file:
+        file.truncate(2 * half)
+    for documents, good in (([0, 2], False), ([0, 1, 2], True)):
+        companion(tmp_path / "x", "idx").write_bytes(
+            struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 1, 2, len(documents))
+            + struct.pack("<iiqq", half, half, 0, half) + struct.pack(f"<{len(documents)}q", *documents)
+        )
+        for check in ("index", "sizes"):
+            if good:
+                assert len(read_token_file(tmp_path / "x", "und", check=check)[1]) == half
+            else:
+                with pytest.raises(FormatError, match="a document of more than 2,147,483,647 tokens"):
+                    read_token_file(tmp_path / "x", "und", check=check)[0]
+
+
 def test_many_open_files_hold_neither_maps_nor_descriptors(tmp_path: Path, token_files) -> None:
     token_files.write(tmp_path / "x", token_files.documents(1, 3))
     before = len(list(Path("/proc/self/fd").iterdir()))
