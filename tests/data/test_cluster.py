@@ -114,6 +114,34 @@ def test_tasks_in_any_order_make_what_one_machine_makes(settings: JobSettings, a
     assert not settings.work_folder.exists()
 
 
+def test_pairs_with_near_duplicates_and_a_control_and_their_manifest(
+    settings: JobSettings, tmp_path: Path, corpus: Path
+) -> None:
+    rng = random.Random(3)
+    lines = []
+    for number, line in enumerate((corpus / "a.jsonl").read_text(encoding="utf-8").splitlines()):
+        text = json.loads(line)["text"]
+        pair = {"eng_Latn": text, "fin_Latn": " ".join(rng.sample(text.split(), len(text.split())))}
+        lines.append(json.dumps({"id": f"p{number}", "texts": pair}, ensure_ascii=False) + "\n")
+        if number % 10 == 0:
+            near = {code: side + " x" for code, side in pair.items()}
+            lines.append(json.dumps({"id": f"q{number}", "texts": near}, ensure_ascii=False) + "\n")
+    (tmp_path / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+    settings = dataclasses.replace(
+        settings, inputs=(str(tmp_path / "pairs.jsonl"),), duplicates="near", pairing="shuffled", workers=2,
+        fields=Fields(kind="pairs", languages=("eng_Latn", "fin_Latn")),
+    )
+    for index in (1, 0):
+        assert run_task(settings, Task(index, 2))["parts"] > 5
+    join_tasks(settings)
+    alone = dataclasses.replace(settings, output_prefix=str(tmp_path / "alone" / "text"), workers=1)
+    manifest = preprocess(alone)
+    assert manifest["counts"]["duplicates"]["near duplicate"] > 30
+    assert_same(settings.output_prefix, alone.output_prefix)
+    made = (Path(f"{prefix}.manifest.json").read_bytes() for prefix in (settings.output_prefix, alone.output_prefix))
+    assert next(made) == next(made)
+
+
 def test_tasks_of_different_numbers_complete_one_another(settings: JobSettings, alone: Path) -> None:
     run_task(settings, Task(0, 3))
     run_task(settings, Task(1, 2))
