@@ -67,6 +67,15 @@ examples:
 A run that was stopped continues from its newest whole checkpoint by the same command. SIGTERM, SIGUSR1 and
 training.exit_duration_minutes make it save and exit with code 75, for schedulers that requeue.
 """,
+    "blend": """
+examples:
+  xalign blend RUN.yaml                                        asked against achieved, and the first 50 samples, cut
+  xalign blend RUN.yaml --out samples.txt                      the samples in full
+  xalign blend RUN.yaml --data-parallel-size 4 --json          also what each of 4 ranks reads
+  xalign blend RUN.yaml --series 0,0.01,0.02,0.05              proves that the runs differ in the fraction only
+
+Exits with 1 if something that was asked is not reached, or a proof fails.
+""",
     "preprocess": """
 examples:
   xalign preprocess en.jsonl --language eng_Latn --tokenizer T --output-prefix D/eng_Latn
@@ -891,22 +900,56 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _add_blend(verbs: Any) -> None:
     parser = _verb(verbs, "blend", "build a run's mixture and show it: asked against achieved", _blend)
     _add_config(parser)
-    parser.add_argument("--samples", type=_natural, default=0, metavar="N", help="also print the first N as text")
-    parser.add_argument("--json", action="store_true", help="print the audit as JSON")
+    parser.add_argument(
+        "--samples", type=_natural, default=None, metavar="N",
+        help="show the first N samples as text, languages marked (default: 50 where data.tokenizer is set)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, metavar="FILE", help="write the samples there in full; printed ones are cut"
+    )
+    parser.add_argument(
+        "--data-parallel-size", type=_positive, action="append", default=[], metavar="D", dest="data_parallel_sizes",
+        help="also count what each of D data-parallel ranks reads; may be given again",
+    )
+    parser.add_argument(
+        "--series", type=_fraction_list, default=None, metavar="P,P,...",
+        help="build the mixture at each of these parallel fractions and prove that nothing else differs",
+    )
+    parser.add_argument("--json", action="store_true", help="print the audit (or the report of the series) as JSON")
 
 
 def _blend(options: argparse.Namespace) -> int:
-    from megatron_xalign import workflows
+    from megatron_xalign import terminal, workflows
     from megatron_xalign.config import RunConfig, read_config
 
     config = read_config(options.config, options.overrides, RunConfig)
-    audit, table, samples = workflows.audit_blend(config, options.samples)
+    if options.series is not None:
+        report = workflows.compare_series(config, options.series)
+        if options.json:
+            _print_json(report)
+        else:
+            print(terminal.describe_series(report))
+        return 0 if report["holds"] else 1
+    shown = options.samples
+    if shown is None:
+        shown = 50 if config.data.tokenizer and (options.out is not None or not options.json) else 0
+    audit, table, samples = workflows.audit_blend(
+        config, shown, data_parallel_sizes=options.data_parallel_sizes,
+        most_characters=None if options.out is not None else 120,
+    )
+    if options.out is not None:
+        from megatron_xalign.formats.atomic import write_text
+
+        write_text(options.out, "\n".join(samples) + "\n")
     if options.json:
         _print_json(audit)
-    else:
-        print(table)
-        for sample in samples:
-            print(sample)
+        return 0
+    print(table)
+    if options.out is not None:
+        print(f"\n{len(samples)} samples as text: {options.out}")
+        return 0
+    for sample in samples:
+        print(sample)
     return 0
 
 

@@ -194,3 +194,24 @@ def describe_memory(stages: Sequence[Any]) -> str:
         for stage in stages
     ]
     return "\n".join(lines)
+
+
+def describe_series(report: Mapping[str, Any]) -> str:
+    """What was proved of a series of mixtures, and what differs between its runs."""
+    lines = [f"a series of {len(report['fractions'])} runs: {', '.join(f'{item:g}' for item in report['fractions'])}"]
+    for proof in report["proofs"]:
+        lines.append(f"  {'proved' if proof['holds'] else 'FAILED'}: {proof['name']}")
+        lines.append(f"          {proof['detail']}")
+    rows = [[entry["what"], *(_number(value) for value in entry["by_run"])] for entry in report["differs"]]
+    if not rows:
+        return "\n".join(lines)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines += ["", "what differs, run by run"]
+    for what, *values in rows:
+        cells = "  ".join(value.rjust(width) for value, width in zip(values, widths[1:], strict=True))
+        lines.append(f"  {what.ljust(widths[0])}  {cells}")
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"

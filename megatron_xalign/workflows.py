@@ -280,18 +280,32 @@ def make_pairing(
 # --- mixture and training ---------------------------------------------------------------------------------------------
 
 
-def audit_blend(config: RunConfig, num_samples: int = 0) -> tuple[dict[str, Any], str, list[str]]:
-    """Build a run's mixture; return its audit, the audit as a table, and its first samples as text."""
+def audit_blend(
+    config: RunConfig, num_samples: int = 0, *, data_parallel_sizes: Sequence[int] = (),
+    most_characters: int | None = None,
+) -> tuple[dict[str, Any], str, list[str]]:
+    """Build a run's mixture; return its audit, the audit as a table, and its first samples as text.
+
+    The audit counts also what each of so many data-parallel ranks reads. Stretches of text are cut to
+    ``most_characters``.
+    """
     from megatron_xalign.data import blend as job
     from megatron_xalign.data.tokenizer import Tokenizer
 
     blend = job.build_blend(config)
-    audit = blend.audit()
+    audit = blend.audit(data_parallel_sizes)
     samples = []
     if num_samples:
         tokenizer = Tokenizer.load(_required(config.data.tokenizer, "data.tokenizer"))
-        samples = job.readable_samples(blend, tokenizer.decode, num_samples)
+        samples = job.readable_samples(blend, tokenizer.decode, num_samples, most_characters)
     return audit, job.describe_audit(audit), samples
+
+
+def compare_series(config: RunConfig, fractions: Sequence[float]) -> dict[str, Any]:
+    """Build the mixtures of a series and prove that they differ in the parallel fraction only; return the report."""
+    from megatron_xalign.data import series
+
+    return series.compare_series(config, fractions)
 
 
 def train(config: RunConfig) -> Path:

@@ -206,13 +206,16 @@ def _added(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return total
 
 
-def readable_samples(blend: Blend, decode: Callable[[list[int]], str], count: int) -> list[str]:
+def readable_samples(
+    blend: Blend, decode: Callable[[list[int]], str], count: int, most_characters: int | None = None
+) -> list[str]:
     """The first samples of a run as text, languages marked.
 
     Args:
         blend: the run's samples.
         decode: token ids to text.
         count: how many samples.
+        most_characters: of a stretch of one language; the rest of it is left out.
 
     Returns:
         One text per sample: a heading, then a line for each stretch of one language; of mixed documents also a line
@@ -236,6 +239,8 @@ def readable_samples(blend: Blend, decode: Callable[[list[int]], str], count: in
                 lines.append(f"  {blend.source_names[of_source]}:")
             mark = blend.languages[language] if language >= 0 else "-"
             text = decode(tokens).replace("\n", "\\n")
+            if most_characters is not None and len(text) > most_characters:
+                text = f"{text[:most_characters]}... ({len(tokens)} tokens)"
             lines.append(f"  [{mark}] {text}")
         shown.append("\n".join(lines))
     return shown
