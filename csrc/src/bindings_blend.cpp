@@ -320,12 +320,14 @@ void bind_orders(py::module_& module) {
           },
           py::arg("ids"))
       .def("__len__", &xalign::RowCounter::num_rows)
-      .def("counts", [](const xalign::RowCounter& counter) {
-        auto table = counter.counts();
-        const py::ssize_t columns = counter.num_sources();
-        const auto lines = static_cast<py::ssize_t>(table.size()) / columns;
-        return to_array<std::int64_t, std::int64_t>(std::move(table), {lines, columns});
-      });
+      .def("take_lines",
+           [](xalign::RowCounter& counter) {
+             auto lines = counter.take_lines();
+             const py::ssize_t columns = counter.num_sources();
+             const auto rows = static_cast<py::ssize_t>(lines.size()) / columns;
+             return to_array<std::int64_t, std::int64_t>(std::move(lines), {rows, columns});
+           })
+      .def("now", [](const xalign::RowCounter& counter) { return to_array(std::vector<std::int64_t>(counter.now())); });
   using xalign::DocumentOrder;
   using xalign::SampleOrder;
   py::class_<SampleOrder, xalign::SampleIndex, std::shared_ptr<SampleOrder>>(module, "SampleOrder")

@@ -125,23 +125,26 @@ RowCounter::RowCounter(std::int32_t num_sources)
 
 template <typename Id>
 void RowCounter::append(const Id* ids, std::size_t num_rows) {
-  for (std::size_t i = 0; i < num_rows; ++i) {
-    require(ids[i] < num_sources_, "row " + std::to_string(num_rows_) + " names source " + std::to_string(ids[i]) +
-                                       " of " + std::to_string(num_sources_) + ".");
-    if (num_rows_ % block_rows_ == 0) table_.insert(table_.end(), now_.begin(), now_.end());
-    ++now_[ids[i]];
-    ++num_rows_;
+  for (std::size_t done = 0; done < num_rows;) {
+    if (num_rows_ % block_rows_ == 0) lines_.insert(lines_.end(), now_.begin(), now_.end());
+    const auto left = static_cast<std::size_t>(block_rows_ - num_rows_ % block_rows_);
+    const std::size_t end = std::min(num_rows, done + left);
+    for (std::size_t i = done; i < end; ++i) {
+      if (ids[i] >= num_sources_) {
+        throw std::invalid_argument("row " + std::to_string(num_rows_) + " names source " + std::to_string(ids[i]) +
+                                    " of " + std::to_string(num_sources_) + ".");
+      }
+      ++now_[ids[i]];
+      ++num_rows_;
+    }
+    done = end;
   }
 }
 
 template void RowCounter::append(const std::uint8_t*, std::size_t);
 template void RowCounter::append(const std::uint16_t*, std::size_t);
 
-std::vector<std::int64_t> RowCounter::counts() const {
-  std::vector<std::int64_t> table(table_);
-  table.insert(table.end(), now_.begin(), now_.end());
-  return table;
-}
+std::vector<std::int64_t> RowCounter::take_lines() { return std::exchange(lines_, {}); }
 
 std::int64_t batch_position(std::uint64_t key, std::int64_t step, std::int64_t slot, std::int64_t batch_size) {
   require(batch_size >= 1 && step >= 0, "batch_size is below 1 or the step is negative.");

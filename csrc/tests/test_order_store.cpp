@@ -19,13 +19,17 @@ void counts_are_those_of_counting(std::int32_t num_sources, std::int64_t num_row
     id = static_cast<Id>(scramble(state) % (scramble(state) % 4 ? std::min<std::uint64_t>(all, 3) : all));
   }
   xalign::RowCounter counter(num_sources);
+  std::vector<std::int64_t> counts;
+  const auto take = [&](const std::vector<std::int64_t>& lines) { counts.insert(counts.end(), lines.begin(), lines.end()); };
   for (std::size_t done = 0; done < ids.size();) {
     const std::size_t now = std::min<std::size_t>(1 + scramble(state) % 9000, ids.size() - done);
     counter.append(ids.data() + done, now);
     done += now;
+    if (scramble(state) % 2) take(counter.take_lines());
   }
+  take(counter.take_lines());
+  take(counter.now());
   CHECK(counter.num_rows() == num_rows);
-  const auto counts = counter.counts();
   const xalign::SourceRows rows(ids.data(), sizeof(Id), num_rows, counts.data(), static_cast<std::int64_t>(counts.size()),
                                 num_sources);
   std::vector<std::int64_t> drawn(static_cast<std::size_t>(num_sources), 0);

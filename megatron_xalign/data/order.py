@@ -175,20 +175,22 @@ class _Builder:
         dtype = np.dtype(np.uint8 if num_sources <= 256 else np.uint16)
         counter = _native.RowCounter(num_sources)
         ids, borders, begun = _Growing(folder, "ids", dtype), _Growing(folder, "borders", BORDER), 0
-        with ids, borders:
+        lines = _Growing(folder, "counts", np.dtype(np.int64))
+        with ids, borders, lines:
             for rows in self._chosen():
                 narrow = rows.astype(dtype)
                 counter.append(narrow)
+                lines.append(counter.take_lines().reshape(-1))
                 ids.append(narrow)
                 # The last border may be of a sample after the run, which only its first token is part of.
                 whole = self._blender.take_borders()[: self._plan.num_samples - begun]
                 begun += len(whole)
                 borders.append(whole.view(BORDER))
+            lines.append(counter.now())
             ids_R, borders_N = ids.finish(), borders.finish()
-        counts = counter.counts()
+            counts = lines.finish().reshape(-1, num_sources)
         tally = Tally.of(self._blender.tally(), self._settings["languages_of_source"], *self._begun_and_cut(counts[-1]))
         if folder is not None:
-            np.save(folder / "counts.npy", counts)
             tally.write(folder)
         return Order(ids_R, counts, borders_N if self._plan.mixes_documents else None, tally, folder)
 
@@ -341,7 +343,7 @@ def _open(folder: Path, plan: MixturePlan) -> Order:
     num_sources = len(plan.sources)
     ids_R = _mapped(folder / "ids.bin", np.dtype(np.uint8 if num_sources <= 256 else np.uint16))
     borders_N = _mapped(folder / "borders.bin", BORDER) if plan.mixes_documents else None
-    counts = np.load(folder / "counts.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    counts = _mapped(folder / "counts.bin", np.dtype(np.int64)).reshape(-1, num_sources)
     blocks = -(-len(ids_R) // _native.rows_per_block(num_sources))
     if counts.shape != (blocks + 1, num_sources) or int(counts[-1].sum()) != len(ids_R):
         raise ValueError(f"counts of {counts.shape} for {len(ids_R):,} rows")

@@ -119,11 +119,15 @@ def _draws_without_gaps(blends: Sequence[Blend]) -> Proof:
     """A run reads the draws 0, 1, 2, .. of every source: a prefix of its order, nothing twice, nothing left out."""
     rows = 0
     for blend in blends:
-        counter = _native.RowCounter(len(blend.source_names))
+        counter, at = _native.RowCounter(len(blend.source_names)), 0
+        good = True
         for begin in range(0, len(blend.order.ids_R), _ROWS_AT_A_TIME):
             counter.append(np.ascontiguousarray(blend.order.ids_R[begin : begin + _ROWS_AT_A_TIME]))
+            lines = counter.take_lines()
+            good = good and np.array_equal(lines, blend.order.counts[at : at + len(lines)])
+            at += len(lines)
         rows += len(counter)
-        if not np.array_equal(counter.counts(), blend.order.counts):
+        if not good or not np.array_equal(counter.now(), blend.order.counts[-1]):
             fraction = blend.plan.mixture.parallel_fraction
             return Proof("a prefix of every order", False, f"the built index of fraction {fraction:g} miscounts draws.")
     return Proof(

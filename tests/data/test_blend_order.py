@@ -13,7 +13,8 @@ from megatron_xalign import _native
 def order_of(ids: np.ndarray, num_sources: int, batch_size: int, key: int = 3) -> _native.SampleOrder:
     counter = _native.RowCounter(num_sources)
     counter.append(ids)
-    return _native.SampleOrder(ids=ids, counts=counter.counts(), batch_size=batch_size, batch_key=key)
+    counts = np.concatenate([counter.take_lines(), counter.now()[None]])
+    return _native.SampleOrder(ids=ids, counts=counts, batch_size=batch_size, batch_key=key)
 
 
 @settings(max_examples=60, deadline=None)

@@ -468,7 +468,7 @@ def test_anything_that_changes_samples_changes_the_name_of_an_order(
     assert build_blend(replace(base, data=replace(base.data, reset_position_ids=True))).order.folder in folders
 
 
-@pytest.mark.parametrize("name", ["ids.bin", "counts.npy", "tally.npz", "tally.json"])
+@pytest.mark.parametrize("name", ["ids.bin", "counts.bin", "tally.npz", "tally.json"])
 def test_a_damaged_order_is_made_again(
     tokens: Path, tmp_path: Path, kept: None, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:

@@ -63,13 +63,14 @@ class RowWalk {
   std::vector<Next> next_;  // few sources in a sample: a list beats a table
 };
 
-// Counts for SourceRows, a block at a time: append() rows in order, then the table is counts().
+// Counts for SourceRows as rows come in: lines() of all the blocks that began since the last call and, at the end, now().
 class RowCounter {
  public:
-  explicit RowCounter(std::int32_t num_sources);
+  explicit RowCounter(std::int32_t num_sources);  // throws std::invalid_argument if it is below 1
   template <typename Id>  // std::uint8_t or std::uint16_t
   void append(const Id* ids, std::size_t num_rows);  // throws std::invalid_argument on an id that is no source
-  std::vector<std::int64_t> counts() const;          // [blocks + 1, num_sources] for the rows so far
+  std::vector<std::int64_t> take_lines();            // [new blocks, num_sources]
+  const std::vector<std::int64_t>& now() const { return now_; }  // [num_sources], of all rows so far
   std::int64_t num_rows() const { return num_rows_; }
   std::int32_t num_sources() const { return num_sources_; }
 
@@ -77,7 +78,7 @@ class RowCounter {
   std::int32_t num_sources_;
   std::int64_t block_rows_;
   std::int64_t num_rows_ = 0;
-  std::vector<std::int64_t> table_;
+  std::vector<std::int64_t> lines_;
   std::vector<std::int64_t> now_;
 };
 
