@@ -314,6 +314,7 @@ def train(config: RunConfig) -> Path:
     from megatron_xalign.batch import CurrentBatch
     from megatron_xalign.capture.observer import NeuronObserver
     from megatron_xalign.data.blend import build_blend
+    from megatron_xalign.data.evaluation import build_evaluation
     from megatron_xalign.data.tokenizer import Tokenizer
     from megatron_xalign.formats.token_file import check_same_tokenizer
     from megatron_xalign.training import checkpoint, loop
@@ -322,6 +323,7 @@ def train(config: RunConfig) -> Path:
     from megatron_xalign.training.model import build_model, padded_vocab_size
     from megatron_xalign.training.optimizer import build_optimizer
     from megatron_xalign.training.sizes import flops_per_token
+    from megatron_xalign.training.validation import ValidationObserver
 
     tokenizer = Tokenizer.load(_required(config.data.tokenizer, "data.tokenizer"))
     blend = build_blend(config)
@@ -330,6 +332,7 @@ def train(config: RunConfig) -> Path:
     # With budget_rule=add the parallel text makes the run longer than asked.
     training = dataclasses.replace(config.training, train_steps=blend.train_steps)
     probe = _tokenized_probe(config.data, tokenizer) if config.capture else []
+    held_out = build_evaluation(config) if training.eval_interval_steps else None
     with topology.start(config.parallel, config.seed) as ranks:
         num_ids = _num_ids(config, tokenizer)
         vocab_size = padded_vocab_size(num_ids, config.model.make_vocab_size_divisible_by, ranks.tensor_size)
@@ -368,20 +371,28 @@ def train(config: RunConfig) -> Path:
             start_step, loss_state = loaded["step"], loaded["extra"]["loss_sums"]
             log.info("continuing from %s.", newest)
         current_batch = CurrentBatch()
-        observers = []
-        if config.capture:
+        forward_only = build_forward_only(model_chunks, ranks, current_batch)
+        observers: list[loop.Observer] = []
+        if held_out is not None:
+            # Before capture, which must not listen to it.
             observers.append(
-                NeuronObserver(
-                    dataclasses.replace(config, training=training), model_chunks=model_chunks, ranks=ranks,
-                    current_batch=current_batch, forward_only=build_forward_only(model_chunks, ranks, current_batch),
-                    probe=probe, languages=blend.languages, eod_id=tokenizer.eod,
+                ValidationObserver(
+                    held_out, training, seq_length=config.data.seq_length, ranks=ranks, forward_only=forward_only,
+                    languages=held_out.languages, source_names=held_out.source_names, path=run.validation_path,
+                    start_step=start_step,
                 )
             )
-        if newest is not None:
-            for observer in observers:
-                state = checkpoint.load_observer_state(newest, observer.name, observer.parts_of, ranks)
+        if config.capture:
+            neurons = NeuronObserver(
+                dataclasses.replace(config, training=training), model_chunks=model_chunks, ranks=ranks,
+                current_batch=current_batch, forward_only=forward_only, probe=probe, languages=blend.languages,
+                eod_id=tokenizer.eod,
+            )
+            if newest is not None:
+                state = checkpoint.load_observer_state(newest, neurons.name, neurons.parts_of, ranks)
                 if state is not None:
-                    observer.restore(state)
+                    neurons.restore(state)
+            observers.append(neurons)
 
         def save(step: int, loss_sums: loop.LossState, states: dict[str, topology.ObserverState]) -> Path:
             path = checkpoint.save_checkpoint(

@@ -65,6 +65,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def validation_path(self) -> Path:
+        """Losses on held-out documents, one JSON object a line, where they are measured."""
+        return self.path / "validation.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Checkpoints, a folder each."""
         return self.path / "checkpoints"

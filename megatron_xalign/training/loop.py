@@ -33,9 +33,10 @@ log = logging.getLogger(__name__)
 class Observer(Protocol):
     """Something that watches training. ``step`` counts finished optimizer steps.
 
-    Every process has its observers and all of them are called at the same moments, so they may use collectives. An
-    observer that raises stops the run. One that has to go on from a checkpoint has two methods more, ``state`` and
-    ``restore`` (``StatefulObserver``).
+    Every process has its observers and all of them are called at the same moments, so they may use collectives. As
+    with blocks inside one another, the first that hears of ``before_step`` is the last that hears of ``after_step``:
+    what runs the model itself goes before what listens to it. An observer that raises stops the run. One that has to
+    go on from a checkpoint has two methods more, ``state`` and ``restore`` (``StatefulObserver``).
     """
 
     def before_step(self, step: int) -> None:
@@ -106,7 +107,7 @@ def fit(
         parallel_sources: names of those that hold pairs; the share of parallel text so far is then logged.
         flops_per_token: floating-point operations of a token's forward and backward pass; speed is then logged in
             TFLOP/s too, for each device.
-        observers: called in this order at the moments of ``Observer``.
+        observers: called in this order before steps and after saves, in the opposite one after steps and at the end.
         current_batch: tells hooks of observers which micro-batch is running.
         start_step: optimizer steps already done.
         loss_state: the loss sums that were saved with ``start_step``.
@@ -179,7 +180,7 @@ def fit(
                 speed = f"{line['tokens_per_second']:,.0f} tokens/s"
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed}", refresh=False)
                 interval_start, compute_seconds, interval_tokens = time.monotonic(), 0.0, 0
-            for observer in observers:
+            for observer in reversed(observers):
                 with _named(observer, "after_step", done):
                     observer.after_step(done, metrics)
             reason = stop.agreed() if done < config.train_steps else None

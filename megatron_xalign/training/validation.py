@@ -26,7 +26,7 @@ class ValidationObserver:
     """Measures the loss on the same held-out samples at step 0, every ``eval_interval_steps`` and the last step.
 
     Writes one line each time: ``step, consumed_tokens, loss, loss_by_language, loss_by_source`` in nats per token,
-    every token of every sample weighted alike. It must come after observers that listen to training batches.
+    every token of every sample weighted alike. It must come before observers that listen to training batches.
 
     Args:
         samples: held-out samples, the same in every run of a series.

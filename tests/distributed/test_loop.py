@@ -31,7 +31,7 @@ def moments(first: int, last: int, saved: list[int], logged: list[int]) -> list[
     for step in range(first, last):
         events += [[name, "before_step", step] for name in "ab"]
         keys = LINE_KEYS if step + 1 in logged else STEP_KEYS
-        events += [[name, "after_step", step + 1, keys] for name in "ab"]
+        events += [[name, "after_step", step + 1, keys] for name in "ba"]
         if step + 1 in saved:
             events += [["save", step + 1], *([name, "after_save", step + 1, f"step-{step + 1}"] for name in "ab")]
     return [*events, ["b", "close"], ["a", "close"]]

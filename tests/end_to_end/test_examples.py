@@ -18,7 +18,8 @@ SMALL = (
     "data.seq_length=64", "data.sources.0.max_repeats=9", "data.sources.1.max_repeats=9",
     "training.train_steps=2", "training.global_batch_size=8", "training.micro_batch_size=2",
     "optimizer.lr_warmup_steps=1", "training.save_interval_steps=2", "capture.probe_interval_steps=2",
-    "capture.stream_interval_steps=1", "capture.probe_batch_tokens=512",
+    "capture.stream_interval_steps=1", "capture.probe_batch_tokens=512", "data.split=90,10,0",
+    "training.eval_interval_steps=2", "training.eval_samples_per_source=3", "data.num_workers=1",
 )
 
 
@@ -39,6 +40,13 @@ def test_an_example_trains_in_small(example: Path, text: Path, tmp_path: Path, x
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert last["step"] == 2
     assert set(last["loss_by_language"]) == set(LANGUAGES)
+    assert 0 <= last["parallel_fraction"] < 0.2
+    measured = [
+        json.loads(line) for line in (tmp_path / "run" / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert [line["step"] for line in measured] == [0, 2]
+    assert set(measured[0]["loss_by_source"]) == {*LANGUAGES, "-".join(LANGUAGES)}
+    assert measured[1]["loss"] != measured[0]["loss"]
 
 
 def test_the_study_s_model_has_1_4_billion_parameters() -> None:
