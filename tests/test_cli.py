@@ -56,7 +56,7 @@ def test_a_tool_is_a_door_to_one_verb(capsys: pytest.CaptureFixture[str]) -> Non
         (("quickstart", "--steps", "0"), "'0' is not a positive whole number"),
         (("quickstart", "--seed", "-1"), "'-1' is not a whole number of 0 or more"),
         (("corpus", "out", "--monolingual", "en.jsonl"), "is not of the form LANGUAGE=FILE"),
-        (("preprocess", "x", "--tokenizer", "t", "--output-prefix", "p", "--pairs", "a,a"), "not a list of different codes"),
+        (("preprocess", "x", "--tokenizer", "t", "--output-prefix", "p", "--pairs", "a,a"), "is not a list of different"),
         (
             ("preprocess", "x", "--tokenizer", "t", "--output-prefix", "p", "--pairs", "a,b", "--language", "a"),
             "not allowed with argument",
@@ -104,7 +104,7 @@ def test_bad_input_is_one_line_with_the_way_out_and_exits_with_1(
         (("merge", "OUT", "MISSING"), "does not exist"),
         (("stats", "MISSING"), "does not exist"),
         (("pairing", "MISSING", "OUT", "--pairing", "shuffled"), "does not exist"),
-        (("preprocess", "MISSING", "--language", "x", "--tokenizer", "MISSING", "--output-prefix", "OUT"), "does not exist"),
+        (("preprocess", "MISSING", "--language", "x", "--tokenizer", "T", "--output-prefix", "OUT"), "does not exist"),
         (("analyze", "MISSING"), "holds no statistics"),
         (("report", "MISSING"), "does not exist"),
         (("convert", "to-hf", "MISSING", "OUT"), "does not exist"),

@@ -201,7 +201,9 @@ class JobSettings:
         fields = self.fields.to_tree()
         recipe: dict[str, Any] = {
             "version": RECIPE_VERSION, "origin": self.origin, "fields": fields,
-            "tokenizer": {"sha256": tokenizer.sha256, "eod": tokenizer.eod, **tokenizer.options},
+            "tokenizer": {
+                "kind": tokenizer.kind, "sha256": tokenizer.sha256, "eod": tokenizer.eod, **tokenizer.options,
+            },
             "append_eod": self.append_eod, "probe": probe_sha256, "duplicates": self.duplicate_rule,
             "near_threshold": self.near_threshold if self.duplicate_rule == "near" else None,
         }

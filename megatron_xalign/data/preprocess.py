@@ -27,7 +27,7 @@ from megatron_xalign.data.job_settings import JobSettings
 from megatron_xalign.data.join import join_parts, sources_of
 from megatron_xalign.data.parts import PartMaker, check_skipped
 from megatron_xalign.data.work_folder import WorkFolder
-from megatron_xalign.data.workers import Done, WorkerPool, peak_memory_bytes
+from megatron_xalign.data.workers import Done, WorkerPool, peak_memory_bytes, plan_elsewhere
 from megatron_xalign.errors import FormatError
 from megatron_xalign.formats.atomic import read_json, write_json
 from megatron_xalign.formats.token_file import read_token_file, token_dtype
@@ -36,6 +36,7 @@ from megatron_xalign.progress import progress_bar
 _LOG = logging.getLogger(__name__)
 
 _LOG_FORMAT = "megatron-xalign preprocessing log"
+_LARGE_BYTES = 32 << 20
 _SAMPLED_PARTS = 4
 _SAMPLED_BYTES = 1 << 19
 
@@ -99,9 +100,14 @@ def run_job(settings: JobSettings) -> Outcome:
                 settings.output_prefix,
             )
         with _tidy(folder):
-            job = Job.plan(settings, survey)
+            if settings.num_workers() > 1 and sum(file.num_bytes for file in survey.inputs) > _LARGE_BYTES:
+                # What it takes to prove an engine stays in memory; a process of its own takes it along.
+                plan_elsewhere(folder.path, settings)
+                job = Job.load(folder.path)
+            else:
+                job = Job.plan(settings, survey)
+                job.prepare()
             del survey  # The tokenizer is not needed here any more, and may be large.
-            job.prepare()
             return finish_job(job, do_parts(job), started)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import selectors
 import signal
@@ -22,10 +23,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from megatron_xalign import errors
 from megatron_xalign.errors import WorkerError, XAlignError
+
+if TYPE_CHECKING:
+    from megatron_xalign.data.job_settings import JobSettings
 
 _PR_SET_PDEATHSIG = 1
 _TELL_SECONDS = 0.2
@@ -53,6 +57,7 @@ class _Worker:
     def __init__(self, number: int, work_folder: Path) -> None:
         self.number = number
         self.part: int | None = None
+        """What it does now."""
         self._rest = b""
         read_end, write_end = os.pipe()
         here = str(Path.cwd())
@@ -61,7 +66,7 @@ class _Worker:
             self.process = subprocess.Popen(
                 [
                     sys.executable, "-P", "-m", "megatron_xalign.data.workers", str(work_folder), str(write_end),
-                    str(os.getpid()),
+                    str(os.getpid()), str(_log_level()),
                 ],
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[write_end], env=environment,
                 # Ctrl-C in a terminal goes to the whole group; the job alone decides what becomes of its workers.
@@ -78,13 +83,17 @@ class _Worker:
     def give(self, part: int) -> None:
         """Have it do a part."""
         self.part = part
+        self.say({"part": part})
+
+    def say(self, task: Mapping[str, Any]) -> None:
+        """Send it a task."""
         assert self.process.stdin is not None
         # If it died, the end of its answers tells so too.
         with suppress(BrokenPipeError):
-            self.process.stdin.write(f"{part}\n".encode())
+            self.process.stdin.write(json.dumps(task).encode() + b"\n")
             self.process.stdin.flush()
 
-    def read(self) -> tuple[list[dict[str, Any]], bool]:
+    def read(self, *, once: bool = False) -> tuple[list[dict[str, Any]], bool]:
         """The answers that are there, and whether the process goes on."""
         pieces, goes_on = [self._rest], True
         while True:
@@ -96,6 +105,8 @@ class _Worker:
                 goes_on = False
                 break
             pieces.append(piece)
+            if once:
+                break
         *lines, self._rest = b"".join(pieces).split(b"\n")
         return [json.loads(line) for line in lines], goes_on
 
@@ -127,6 +138,22 @@ class WorkerPool:
         for worker in self._workers:
             worker.stop()
         self._workers = []
+
+    def plan(self, settings: JobSettings) -> None:
+        """Have one worker plan the job."""
+        worker = _Worker(0, self._work_folder)
+        self._workers.append(worker)
+        worker.say({"plan": settings.to_tree()})
+        os.set_blocking(worker.answers, True)
+        name = f"a sample of the input for {settings.output_prefix}"
+        goes_on = True
+        while goes_on:
+            answers, goes_on = worker.read(once=True)
+            for answer in answers:
+                if "failed" in answer:
+                    raise _failure(answer["failed"], worker.number, name)
+                return
+        raise _death(worker, name)
 
     def run(
         self, parts: Sequence[int], names: Callable[[int], str], tell: Callable[[Mapping[int, Mapping[str, int]]], None]
@@ -175,6 +202,17 @@ class WorkerPool:
                         selector.unregister(worker.answers)
 
 
+def plan_elsewhere(work_folder: Path, settings: JobSettings) -> None:
+    """Have a process plan a job and write the plan; its memory goes with it.
+
+    Raises:
+        XAlignError: what planning raised.
+        WorkerError: the process was killed.
+    """
+    with WorkerPool(work_folder, 1) as pool:
+        pool.plan(settings)
+
+
 def _failure(failed: Mapping[str, Any], number: int, name: str) -> XAlignError:
     kind = getattr(errors, failed["kind"] or "", None)
     if isinstance(kind, type) and issubclass(kind, XAlignError):
@@ -201,6 +239,12 @@ def _death(worker: _Worker, name: str) -> WorkerError:
         f"worker {worker.number} ended with exit code {code} while reading {name} and left no message. What is done is "
         "kept; the same command continues."
     )
+
+
+def _log_level() -> int:
+    """From what level on this process shows messages; 0 if nobody asked for any."""
+    logger = logging.getLogger("megatron_xalign")
+    return logger.getEffectiveLevel() if logger.hasHandlers() else 0
 
 
 def peak_memory_bytes() -> int:
@@ -241,11 +285,18 @@ def _work(work_folder: Path, parent: int, answers: IO[str]) -> int:
 
     try:
         from megatron_xalign.data.job import Job
+        from megatron_xalign.data.job_settings import JobSettings
         from megatron_xalign.data.parts import PartMaker
 
-        maker = PartMaker(Job.load(work_folder))
+        maker: PartMaker | None = None
         for line in sys.stdin:
-            record = maker.make(int(line), tell)
+            task = json.loads(line)
+            if "plan" in task:
+                Job.plan(JobSettings.from_tree(task["plan"])).prepare()
+                answer({"planned": True})
+                continue
+            maker = maker or PartMaker(Job.load(work_folder))
+            record = maker.make(task["part"], tell)
             answer({"record": record, "peak_memory_bytes": peak_memory_bytes()})
     except BrokenPipeError:
         return 1
@@ -268,7 +319,11 @@ def _end_with(parent: int) -> None:
 
 
 def _main(arguments: Sequence[str]) -> int:
-    work_folder, descriptor, parent = arguments
+    work_folder, descriptor, parent, log_level = arguments
+    if int(log_level):
+        # As the command line has it; its own process has said what this one would say of the same.
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        logging.getLogger("megatron_xalign").setLevel(int(log_level))
     with os.fdopen(int(descriptor), "w", encoding="utf-8") as answers:
         return _work(Path(work_folder), int(parent), answers)
 

@@ -13,10 +13,11 @@ from megatron_xalign.data.job_settings import JobSettings
 
 LANGUAGES = ("eng_Latn", "fin_Latn")
 KINDS = ("bin", "idx", "spans", "manifest.json")
-_WORDS = {
-    "eng_Latn": "the cat sits in a tree and sleeps while small birds sing of snow don't 12345 naïve café — end".split(),
-    "fin_Latn": "kissa istuu puussa ja nukkuu kun pienet linnut laulavat lumesta yö äiti öljy 漢字 😀 loppu".split(),
+_TEXT = {
+    "eng_Latn": "the cat sits in a tree and sleeps while small birds sing of snow don't 12345 naïve café — end",
+    "fin_Latn": "kissa istuu puussa ja nukkuu kun pienet linnut laulavat lumesta yö äiti öljy 漢字 😀 loppu",
 }
+_WORDS = {language: text.split() for language, text in _TEXT.items()}
 
 
 def sentence(rng: random.Random, language: str, num_words: int) -> str:

@@ -66,7 +66,9 @@ def test_shuffled_pairs_have_the_side_of_another_pair_of_about_the_same_length(
     lengths = [len(sides["fin_Latn"]) for sides, _, _ in before]
     assert np.mean(differences) < 0.05 * np.mean(lengths)
     assert manifest["pairing_facts"] == {
-        "unmatched": 0, "same_text": 0, "relative_length_difference": pytest.approx(sum(differences) / sum(lengths), abs=1e-6),
+        "unmatched": 0,
+        "same_text": 0,
+        "relative_length_difference": pytest.approx(sum(differences) / sum(lengths), abs=1e-6),
     }
     assert manifest["tokens_by_language"] == read_token_file(aligned).manifest["tokens_by_language"]
     assert manifest["pairing"] == "shuffled" and manifest["pairs"] == 500
@@ -93,12 +95,16 @@ def test_separated_sides_are_documents_of_their_own_one_language_after_the_other
 def test_a_job_makes_what_the_verb_makes_and_pieces_change_nothing(
     tmp_path: Path, aligned: Path, tokenizer: Tokenizer, pairing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = pairs_job([tmp_path / "pairs.jsonl"], tmp_path / "job" / "x", tokenizer.path, pairing=pairing, part_bytes=9000)
+    job = pairs_job(
+        [tmp_path / "pairs.jsonl"], tmp_path / "job" / "x", tokenizer.path, pairing=pairing, part_bytes=9000
+    )
     manifest = preprocess(job)
     monkeypatch.setattr(pairing_module, "_WRITTEN_DOCUMENTS", 7)
     (tmp_path / "verb").mkdir()
     made = write_pairing(aligned, tmp_path / "verb" / "x", pairing, seed=1234)
-    assert contents(tmp_path / "job" / "x", ["bin", "idx", "spans"]) == contents(tmp_path / "verb" / "x", ["bin", "idx", "spans"])
+    assert contents(tmp_path / "job" / "x", ["bin", "idx", "spans"]) == contents(
+        tmp_path / "verb" / "x", ["bin", "idx", "spans"]
+    )
     assert made["recipe"] == manifest["recipe"] and made.get("pairing_facts") == manifest.get("pairing_facts")
     # Made by the verb, kept by the job.
     verb = pairs_job([tmp_path / "pairs.jsonl"], tmp_path / "verb" / "x", tokenizer.path, pairing=pairing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 from preprocess_jobs import LANGUAGES, contents, documents, monolingual_job, names, pairs, pairs_job, write_lines
 
+from megatron_xalign.data import preprocess as preprocess_module
 from megatron_xalign.data.documents import pair_order, parse_template
 from megatron_xalign.data.filters import PairFilters
 from megatron_xalign.data.inputs import Fields
+from megatron_xalign.data.job import Survey
 from megatron_xalign.data.job_settings import JobSettings, SentenceSettings
 from megatron_xalign.data.preprocess import describe_plan, preprocess, run_job
 from megatron_xalign.data.tokenizer import Tokenizer, train_tokenizer
@@ -48,13 +51,21 @@ def test_monolingual_documents_come_back_as_their_text(tmp_path: Path, finnish: 
     assert all(file.language_ids(n).tolist() == [0] * (len(file[n]) - 1) + [-1] for n in range(len(file)))
     text_bytes = sum(len(text.encode()) for text in FINNISH if text.strip())
     assert manifest["counts"] == {
-        "read": 6, "written": 4, "empty": 2, "skipped_lines": {}, "malformed_lines": 0, "filtered": {}, "duplicates": {},
+        "read": 6,
+        "written": 4,
+        "empty": 2,
+        "skipped_lines": {},
+        "malformed_lines": 0,
+        "filtered": {},
+        "duplicates": {},
         "text_bytes": text_bytes,
     }
     assert manifest["origin"] == "monolingual" and manifest["template"] is manifest["pairing"] is None
     assert [item["bytes"] for item in manifest["inputs"]] == [finnish.stat().st_size]
     assert verify_token_file(tmp_path / "tokens" / "fin", tokenizer)["documents"] == 4
-    assert names(tmp_path / "tokens") == {f"fin.{kind}" for kind in ("bin", "idx", "spans", "manifest.json", "log.json")}
+    assert names(tmp_path / "tokens") == {
+        f"fin.{kind}" for kind in ("bin", "idx", "spans", "manifest.json", "log.json")
+    }
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "random"])
@@ -196,7 +207,9 @@ def test_languages_of_a_field_go_to_their_documents_and_to_files_of_their_own(
     )
     manifests = {}
     for part_bytes in (None, 40):
-        job = monolingual_job([lines], tmp_path / f"all-{part_bytes}", tokenizer.path, fields=fields, part_bytes=part_bytes)
+        job = monolingual_job(
+            [lines], tmp_path / f"all-{part_bytes}", tokenizer.path, fields=fields, part_bytes=part_bytes
+        )
         manifests[part_bytes] = preprocess(job)
         file = read_token_file(tmp_path / f"all-{part_bytes}")
         assert file.languages == ["fin_Latn", "eng_Latn", "und"]
@@ -216,7 +229,9 @@ def test_languages_of_a_field_go_to_their_documents_and_to_files_of_their_own(
         assert outcome.manifests[prefix]["counts"]["written"] == len(numbers)
     assert run_job(split).figures is None
     assert names(tmp_path / "s") == {"x.log.json"} | {
-        f"x.{code}.{kind}" for code in ("eng_Latn", "fin_Latn", "und") for kind in ("bin", "idx", "spans", "manifest.json")
+        f"x.{code}.{kind}"
+        for code in ("eng_Latn", "fin_Latn", "und")
+        for kind in ("bin", "idx", "spans", "manifest.json")
     }
     fields = Fields(kind="monolingual", language_key="lang")
     hostile = write_lines(tmp_path / "hostile.jsonl", [{"text": "a", "lang": "../../up"}])
@@ -227,17 +242,26 @@ def test_languages_of_a_field_go_to_their_documents_and_to_files_of_their_own(
 def test_every_document_is_accounted_for(tmp_path: Path, tokenizer: Tokenizer) -> None:
     good = pairs(40)
     records = [
-        *good, *good[:3],
+        *good,
+        *good[:3],
         {"id": "empty", "texts": {"eng_Latn": " ", "fin_Latn": "jotain"}},
         {"id": "same", "texts": {"eng_Latn": "The same words", "fin_Latn": "The same words"}},
         {"id": "long", "texts": {"eng_Latn": "Yes.", "fin_Latn": "sana " * 40}},
-        {"id": "held", "texts": {"eng_Latn": "This sentence is held out for probing.", "fin_Latn": "Tätä lausetta ei näytetä."}},
+        {
+            "id": "held",
+            "texts": {"eng_Latn": "This sentence is held out for probing.", "fin_Latn": "Tätä lausetta ei näytetä."},
+        },
         "not a record",
     ]
     lines = write_lines(tmp_path / "pairs.jsonl", records)
     probe = write_lines(
         tmp_path / "probe.jsonl",
-        [{"id": "1", "texts": {"eng_Latn": "this sentence is held out for probing", "fin_Latn": "jokin aivan muu asia"}}],
+        [
+            {
+                "id": "1",
+                "texts": {"eng_Latn": "this sentence is held out for probing", "fin_Latn": "jokin aivan muu asia"},
+            }
+        ],
     )
     job = pairs_job([lines], tmp_path / "x", tokenizer.path, probe=str(probe), on_error="skip", part_bytes=1000)
     counts = preprocess(job)["counts"]
@@ -250,7 +274,9 @@ def test_every_document_is_accounted_for(tmp_path: Path, tokenizer: Tokenizer) -
         pairs_job([lines], tmp_path / "y", tokenizer.path, on_error="skip", filters=None, duplicates="keep")
     )["counts"]
     assert everything["written"] == 46 and everything["filtered"] == everything["duplicates"] == {}
-    held = write_lines(tmp_path / "held.jsonl", [{"text": "Muuta."}, {"text": "Hän sanoi: THIS sentence is held out — for probing!"}])
+    held = write_lines(
+        tmp_path / "held.jsonl", [{"text": "Muuta."}, {"text": "Hän sanoi: THIS sentence is held out — for probing!"}]
+    )
     counts = preprocess(monolingual_job([held], tmp_path / "z", tokenizer.path, probe=str(probe)))["counts"]
     assert counts["written"] == 1 and counts["filtered"] == {"in the probe set": 1}
 
@@ -285,7 +311,11 @@ def test_sentences_become_sequences(tmp_path: Path, tokenizer: Tokenizer) -> Non
     made = []
     for workers, part_bytes in ((1, None), (2, 30)):
         job = monolingual_job(
-            [lines], tmp_path / f"x{workers}", tokenizer.path, sentences=SentenceSettings(), workers=workers,
+            [lines],
+            tmp_path / f"x{workers}",
+            tokenizer.path,
+            sentences=SentenceSettings(),
+            workers=workers,
             part_bytes=part_bytes,
         )
         manifest = preprocess(job)
@@ -308,7 +338,12 @@ def test_sentences_become_sequences(tmp_path: Path, tokenizer: Tokenizer) -> Non
 
 def test_settings_survive_json_and_refuse_contradictions(tmp_path: Path, tokenizer: Tokenizer) -> None:
     job = pairs_job(
-        ["a.jsonl"], tmp_path / "x", tokenizer.path, filters=PairFilters(max_tokens=5), probe="p", duplicates="near",
+        ["a.jsonl"],
+        tmp_path / "x",
+        tokenizer.path,
+        filters=PairFilters(max_tokens=5),
+        probe="p",
+        duplicates="near",
         fields=Fields(kind="pairs", languages=LANGUAGES, language_map=(("en", "eng_Latn"),)),
     )
     assert JobSettings.from_tree(json.loads(json.dumps(job.to_tree()))) == job
@@ -341,3 +376,22 @@ def test_a_plan_tells_what_a_job_would_do_and_touches_nothing(tmp_path: Path, to
     size = sum(item["bytes"] for item in manifest["files"].values())
     assert plan["estimate"]["output_bytes"] == pytest.approx(size, rel=0.15)
     assert describe_plan(job)["is_finished"]
+
+
+def test_a_large_job_is_planned_by_a_process_of_its_own(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = write_lines(tmp_path / "fin.jsonl", documents(200, "fin_Latn"))
+    here = preprocess(monolingual_job([lines], tmp_path / "here" / "x", tokenizer.path, part_bytes=9000))
+    monkeypatch.setattr(preprocess_module, "_LARGE_BYTES", 0)
+    job = monolingual_job([lines], tmp_path / "there" / "x", tokenizer.path, part_bytes=9000, workers=2)
+    assert preprocess(job) == here
+    models = SentenceSettings(model=str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="holds no Punkt model"):
+        run_job(dataclasses.replace(job, sentences=models))
+    monkeypatch.setattr(Survey, "make", lambda settings: Survey(settings, (), None, tokenizer, {}, {}))
+    lines.unlink()
+    monkeypatch.setattr(preprocess_module, "_LARGE_BYTES", -1)
+    with pytest.raises(CorpusError, match=r"fin\.jsonl does not exist"):
+        run_job(job)
+    assert names(tmp_path / "there") == names(tmp_path / "here")

@@ -33,13 +33,29 @@ def read_back(prefix: Path, tokenizer: Tokenizer) -> list[str]:
 def test_every_text_comes_back_as_it_was(tmp_path: Path, tokenizer: Tokenizer) -> None:
     rng = random.Random(0)
     texts = [
-        "NUL \0 inside", "\0", "a", "שלום עולם, مرحبا", "\u202eabc\u202c", "สวัสดีชาวโลก", "我喜欢狗和猫", "ནམ་མཁའ",
-        "e\u0301\u00e9", "\ufeffmark", "<|endoftext|>", "\\n \"quoted\"", "\u2028line\u2029", "\U0001f468\u200d\U0001f469",
-        "tab\tand\r\nCRLF", "x" * 100_000, *("".join(map(chr, rng.choices(range(1, 0xD7FF), k=50))) for _ in range(50)),
+        "NUL \0 inside",
+        "\0",
+        "a",
+        "שלום עולם, مرحبا",
+        "\u202eabc\u202c",
+        "สวัสดีชาวโลก",
+        "我喜欢狗和猫",
+        "ནམ་མཁའ",
+        "e\u0301\u00e9",
+        "\ufeffmark",
+        "<|endoftext|>",
+        '\\n "quoted"',
+        "\u2028line\u2029",
+        "\U0001f468\u200d\U0001f469",
+        "tab\tand\r\nCRLF",
+        "x" * 100_000,
+        *("".join(map(chr, rng.choices(range(1, 0xD7FF), k=50))) for _ in range(50)),
     ]
     lines = write_lines(tmp_path / "text.jsonl", [{"text": text} for text in texts])
     for workers, part_bytes in ((1, None), (3, 300)):
-        job = monolingual_job([lines], tmp_path / f"x{workers}", tokenizer.path, "und", workers=workers, part_bytes=part_bytes)
+        job = monolingual_job(
+            [lines], tmp_path / f"x{workers}", tokenizer.path, "und", workers=workers, part_bytes=part_bytes
+        )
         preprocess(job)
         assert read_back(tmp_path / f"x{workers}", tokenizer) == texts
 
@@ -47,8 +63,12 @@ def test_every_text_comes_back_as_it_was(tmp_path: Path, tokenizer: Tokenizer) -
 def test_malformed_lines_are_named_or_counted_with_examples(tmp_path: Path, tokenizer: Tokenizer) -> None:
     good = [json.dumps({"text": f"text {n}"}).encode() for n in range(50)]
     bad = {
-        "not UTF-8": b'{"text": "caf\xe9"}', "not JSON": b'{"text": "cut', "not a JSON object": b'["text"]',
-        'no "text"': b'{"title": "x"}', '"text" is int': b'{"text": 3}', "half of a surrogate pair": b'{"text": "\\ud800"}',
+        "not UTF-8": b'{"text": "caf\xe9"}',
+        "not JSON": b'{"text": "cut',
+        "not a JSON object": b'["text"]',
+        'no "text"': b'{"title": "x"}',
+        '"text" is int': b'{"text": 3}',
+        "half of a surrogate pair": b'{"text": "\\ud800"}',
     }
     lines = list(good)
     for place, line in zip((3, 11, 12, 30, 44, 49), bad.values(), strict=True):
@@ -57,7 +77,9 @@ def test_malformed_lines_are_named_or_counted_with_examples(tmp_path: Path, toke
     for reason, line in bad.items():
         path.write_bytes(b"\n".join([*good[:7], line, *good[7:]]) + b"\n")
         for workers, part_bytes in ((1, None), (2, 100)):
-            job = monolingual_job([path], tmp_path / "out" / "x", tokenizer.path, workers=workers, part_bytes=part_bytes)
+            job = monolingual_job(
+                [path], tmp_path / "out" / "x", tokenizer.path, workers=workers, part_bytes=part_bytes
+            )
             with pytest.raises(CorpusError, match=r"text\.jsonl:8: ") as raised:
                 preprocess(job)
             assert reason in str(raised.value)
@@ -70,18 +92,33 @@ def test_malformed_lines_are_named_or_counted_with_examples(tmp_path: Path, toke
         manifest = preprocess(job)
         assert manifest["counts"]["malformed_lines"] == len(bad) == len(manifest["examples_of_skipped"])
         assert all(any(reason in skipped for skipped in manifest["counts"]["skipped_lines"]) for reason in bad)
-        assert [example.split(":")[1] for example in manifest["examples_of_skipped"]] == ["4", "12", "13", "31", "45", "50"]
+        assert [example.split(":")[1] for example in manifest["examples_of_skipped"]] == [
+            "4",
+            "12",
+            "13",
+            "31",
+            "45",
+            "50",
+        ]
         assert read_back(tmp_path / f"skip{workers}", tokenizer) == [f"text {n}" for n in range(50)]
         made.append(contents(tmp_path / f"skip{workers}", ["bin", "idx", "spans"]))
         job = monolingual_job(
-            [path], tmp_path / "cap", tokenizer.path, workers=workers, part_bytes=part_bytes, on_error="skip", max_skipped=5
+            [path],
+            tmp_path / "cap",
+            tokenizer.path,
+            workers=workers,
+            part_bytes=part_bytes,
+            on_error="skip",
+            max_skipped=5,
         )
         with pytest.raises(CorpusError, match="malformed lines are more than max_skipped=5 allows, such as "):
             preprocess(job)
     assert made[0] == made[1]
 
 
-def test_a_cut_archive_and_files_off_by_one_are_errors_before_or_while_reading(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_cut_archive_and_files_off_by_one_are_errors_before_or_while_reading(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     whole = gzip.compress(b"".join(json.dumps(item).encode() + b"\n" for item in documents(3000, "fin_Latn")))
     cut = tmp_path / "fin.jsonl.gz"
     cut.write_bytes(whole[: len(whole) // 2])
@@ -127,7 +164,14 @@ def test_a_damaged_part_is_made_again_by_the_same_command(tmp_path: Path, tokeni
     lines = write_lines(tmp_path / "pairs.jsonl", pairs(200))
     whole = pairs_job([lines], tmp_path / "whole", tokenizer.path, part_bytes=5000)
     preprocess(whole)
-    for kind, how in (("bin", "flip"), ("spans", "flip"), ("keys", "flip"), ("keys", "remove"), ("idx", "cut"), ("json", "cut")):
+    for kind, how in (
+        ("bin", "flip"),
+        ("spans", "flip"),
+        ("keys", "flip"),
+        ("keys", "remove"),
+        ("idx", "cut"),
+        ("json", "cut"),
+    ):
         prefix = tmp_path / f"{kind}-{how}"
         settings = pairs_job([lines], prefix, tokenizer.path, part_bytes=5000)
         job = Job.plan(settings)
@@ -166,7 +210,9 @@ def test_parts_of_other_input_or_settings_are_not_used(tmp_path: Path, tokenizer
                 maker.make(index)
         return job
 
-    for number, options in enumerate(({}, {"seed": 7}, {"filters": None}, {"part_bytes": 4000}, {"template": "{source} {target}"})):
+    for number, options in enumerate(
+        ({}, {"seed": 7}, {"filters": None}, {"part_bytes": 4000}, {"template": "{source} {target}"})
+    ):
         prefix = tmp_path / str(number)
         job = prepared(prefix)
         if number == 0:
@@ -204,7 +250,12 @@ def test_a_second_job_on_the_same_file_is_refused(tmp_path: Path, tokenizer: Tok
     job = Job.plan(monolingual_job([lines], tmp_path / "x", tokenizer.path))
     with job.hold(), pytest.raises(ConfigError, match="another job is writing"):
         preprocess(monolingual_job([lines], tmp_path / "x", tokenizer.path))
-    with job.hold(shared=True), job.hold(shared=True), pytest.raises(ConfigError, match="another job is writing"), job.hold():
+    with (
+        job.hold(shared=True),
+        job.hold(shared=True),
+        pytest.raises(ConfigError, match="another job is writing"),
+        job.hold(),
+    ):
         pass
     preprocess(monolingual_job([lines], tmp_path / "x", tokenizer.path))
     assert not (tmp_path / "x.parts").exists()

@@ -18,7 +18,16 @@ from megatron_xalign.data.tokenizer import train_tokenizer
 tokenizers = pytest.importorskip("tokenizers")
 indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
 
-ODD = ["A NUL \0 inside", "שלום עולם", "สวัสดีชาวโลก", "e\u0301 and \u00e9", "\u200f\u202e right to left", "x", "a" * 5000, "\n\n"]
+ODD = [
+    "A NUL \0 inside",
+    "שלום עולם",
+    "สวัสดีชาวโลก",
+    "e\u0301 and \u00e9",
+    "\u200f\u202e right to left",
+    "x",
+    "a" * 5000,
+    "\n\n",
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +56,15 @@ def test_documents_are_those_of_a_plain_loop_and_megatrons_builder(
     lines = write_lines(tmp_path / "text.jsonl", records)
     preprocess(
         monolingual_job(
-            [lines], tmp_path / "ours", tokenizer, "und", engine=engine, append_eod=append_eod, workers=2,
-            part_bytes=20_000, keep_blank=True,
+            [lines],
+            tmp_path / "ours",
+            tokenizer,
+            "und",
+            engine=engine,
+            append_eod=append_eod,
+            workers=2,
+            part_bytes=20_000,
+            keep_blank=True,
         )
     )
     library = tokenizers.Tokenizer.from_file(str(tokenizer))
@@ -82,13 +98,21 @@ def test_pairs_are_those_of_a_plain_loop_and_megatrons_builder(tmp_path: Path, t
 
 def test_sentences_are_those_of_a_plain_loop_and_megatrons_builder(tmp_path: Path, tokenizer: Path) -> None:
     pytest.importorskip("nltk")
-    texts = [f"{a['text']} {b['text']} Dr. {n} came." for n, (a, b) in enumerate(zip(documents(60, "eng_Latn"), documents(60, "eng_Latn", 1), strict=True))]
+    texts = [
+        f"{a['text']} {b['text']} Dr. {n} came."
+        for n, (a, b) in enumerate(zip(documents(60, "eng_Latn"), documents(60, "eng_Latn", 1), strict=True))
+    ]
     lines = write_lines(tmp_path / "text.jsonl", [{"text": text} for text in texts])
     splitter = SentenceSplitter.train(texts, "eng_Latn")
     splitter.model.write(tmp_path / "punkt")
     job = monolingual_job(
-        [lines], tmp_path / "ours", tokenizer, "eng_Latn", sentences=SentenceSettings(model=str(tmp_path / "punkt")),
-        workers=2, part_bytes=5_000,
+        [lines],
+        tmp_path / "ours",
+        tokenizer,
+        "eng_Latn",
+        sentences=SentenceSettings(model=str(tmp_path / "punkt")),
+        workers=2,
+        part_bytes=5_000,
     )
     preprocess(job)
     library = tokenizers.Tokenizer.from_file(str(tokenizer))

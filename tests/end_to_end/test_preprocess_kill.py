@@ -1,4 +1,4 @@
-"""Preprocessing jobs that are killed, interrupted, or run where they cannot: nothing is lost, nothing is left behind."""
+"""Preprocessing jobs that are killed, interrupted, or run where they cannot: nothing is lost, nothing left behind."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ class Corpus:
         self.tokenizer = train_tokenizer(texts, folder / "tokenizer", 400)
         self.expected = {}
         self.num_parts = {
-            kind: -(-path.stat().st_size // PART_BYTES) for kind, path in (("documents", self.fin), ("pairs", self.both))
+            kind: -(-path.stat().st_size // PART_BYTES)
+            for kind, path in (("documents", self.fin), ("pairs", self.both))
         }
         for kind in ("documents", "pairs"):
             prefix = folder / "undisturbed" / kind
             done = self.start(kind, prefix, workers=1)
-            output, errors = done.communicate(timeout=_WAIT_SECONDS)
+            _, errors = done.communicate(timeout=_WAIT_SECONDS)
             assert done.returncode == 0, errors
             self.expected[kind] = contents(prefix)
 
@@ -53,10 +54,28 @@ class Corpus:
             what = [str(self.both), "--pairs", "eng_Latn,fin_Latn", "--duplicates", "near", "--pairing", "shuffled"]
         return subprocess.Popen(
             [
-                sys.executable, "-m", "megatron_xalign", "preprocess", *what, "--tokenizer", str(self.tokenizer),
-                "--output-prefix", str(prefix), "--workers", str(workers), "--part-bytes", str(PART_BYTES), "--engine", "reference",
+                sys.executable,
+                "-m",
+                "megatron_xalign",
+                "preprocess",
+                *what,
+                "--tokenizer",
+                str(self.tokenizer),
+                "--output-prefix",
+                str(prefix),
+                "--workers",
+                str(workers),
+                "--part-bytes",
+                str(PART_BYTES),
+                "--engine",
+                "reference",
             ],
-            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            **options,
         )
 
     def check(self, kind: str, prefix: Path) -> None:
@@ -100,6 +119,13 @@ def wait_for_parts(
         time.sleep(0.005)
 
 
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
     try:
         return psutil.Process(process.pid).children(recursive=True)
@@ -125,8 +151,8 @@ def test_a_job_killed_again_and_again_ends_with_the_same_files_and_leaves_no_pro
                 os.kill(job.pid, signal.SIGKILL)
                 job.wait(_WAIT_SECONDS)
                 kills += 1
-            output, errors = job.communicate(timeout=_WAIT_SECONDS)
-            wait_until(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers))
+            _, errors = job.communicate(timeout=_WAIT_SECONDS)
+            wait_until(lambda workers=workers: not any(map(is_alive, workers)))  # type: ignore[misc]
             assert job.returncode in (0, -signal.SIGKILL), errors
         assert job.returncode == 0
         corpus.check(kind, prefix)
@@ -145,13 +171,13 @@ def test_a_killed_worker_is_named_and_the_same_command_continues(tmp_path: Path,
             wait_for_parts(job, prefix, corpus.num_parts["documents"], more, rng)
             workers = children(job)
             if not workers or job.poll() is not None:
-                output, errors = job.communicate(timeout=_WAIT_SECONDS)
+                _, errors = job.communicate(timeout=_WAIT_SECONDS)
                 assert job.returncode == 0, errors
                 continue
             victim = rng.choice(workers)
             victim.kill()
             started = time.monotonic()
-            output, errors = job.communicate(timeout=_WAIT_SECONDS)
+            _, errors = job.communicate(timeout=_WAIT_SECONDS)
             # A worker that had nothing left to do is not missed.
             if job.returncode == 0:
                 continue
@@ -159,7 +185,7 @@ def test_a_killed_worker_is_named_and_the_same_command_continues(tmp_path: Path,
             assert job.returncode == 1 and time.monotonic() - started < 5
             assert "was killed by SIGKILL while reading" in errors and str(corpus.fin) in errors
             assert "the same command continues" in errors and "Traceback" not in errors
-            assert not any(worker.is_running() and worker.status() != "zombie" for worker in workers)
+            assert not any(map(is_alive, workers))
             left = names(prefix.parent / "documents.parts") if (prefix.parent / "documents.parts").exists() else set()
             assert not any("partial" in name for name in left)
         corpus.check("documents", prefix)
@@ -174,15 +200,15 @@ def test_ctrl_c_ends_at_once_and_the_same_command_continues(tmp_path: Path, corp
     assert len(processes) == (workers if workers > 1 else 0)
     started = time.monotonic()
     os.killpg(job.pid, signal.SIGINT)  # as a terminal does
-    output, errors = job.communicate(timeout=_WAIT_SECONDS)
+    _, errors = job.communicate(timeout=_WAIT_SECONDS)
     assert time.monotonic() - started < 2
     assert job.returncode == 130
     assert "the same command continues" in errors and "Traceback" not in errors
-    assert not any(process.is_running() and process.status() != "zombie" for process in processes)
+    assert not any(map(is_alive, processes))
     finished = len(list(tmp_path.glob("out/documents.parts/part-?????.json")))
     assert not any("partial" in name for name in names(tmp_path / "out" / "documents.parts"))
     job = corpus.start("documents", prefix, workers)
-    output, errors = job.communicate(timeout=_WAIT_SECONDS)
+    _, errors = job.communicate(timeout=_WAIT_SECONDS)
     assert job.returncode == 0 and f"{finished} of " in errors
     corpus.check("documents", prefix)
 
@@ -195,11 +221,11 @@ def test_a_worker_that_meets_a_malformed_line_stops_the_job_with_file_and_line(t
     good, corpus.fin = corpus.fin, bad
     try:
         job = corpus.start("documents", tmp_path / "out" / "documents")
-        output, errors = job.communicate(timeout=_WAIT_SECONDS)
+        _, errors = job.communicate(timeout=_WAIT_SECONDS)
         assert job.returncode == 1 and f"{bad}:4001: not JSON" in errors and "Traceback" not in errors
         bad.write_text(good.read_text(encoding="utf-8"), encoding="utf-8")
         job = corpus.start("documents", tmp_path / "out" / "documents")
-        output, errors = job.communicate(timeout=_WAIT_SECONDS)
+        _, errors = job.communicate(timeout=_WAIT_SECONDS)
         assert job.returncode == 0, errors
         assert contents(tmp_path / "out" / "documents", ["bin", "idx", "spans"]) == {
             kind: content for kind, content in corpus.expected["documents"].items() if kind != "manifest.json"
@@ -213,9 +239,9 @@ def test_only_one_job_writes_a_token_file(tmp_path: Path, corpus: Corpus) -> Non
     first = corpus.start("documents", prefix)
     wait_until(lambda: bool(list(tmp_path.glob("out/documents.parts/part-*"))))
     second = corpus.start("documents", prefix)
-    output, errors = second.communicate(timeout=_WAIT_SECONDS)
+    _, errors = second.communicate(timeout=_WAIT_SECONDS)
     assert second.returncode == 1 and "another job is writing" in errors, errors
-    output, errors = first.communicate(timeout=_WAIT_SECONDS)
+    _, errors = first.communicate(timeout=_WAIT_SECONDS)
     assert first.returncode == 0, errors
     corpus.check("documents", prefix)
 
@@ -231,12 +257,12 @@ def test_a_full_disk_is_said_and_what_is_done_stays(tmp_path: Path, corpus: Corp
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     job = corpus.start("documents", prefix, preexec_fn=limited)
-    output, errors = job.communicate(timeout=_WAIT_SECONDS)
+    _, errors = job.communicate(timeout=_WAIT_SECONDS)
     assert job.returncode == 1 and "Traceback" not in errors, errors
     assert "cannot be written" in errors and "file is larger than" in errors
     assert names(prefix.parent) == {"documents.parts"}
     done = len(list(tmp_path.glob("out/documents.parts/part-?????.json")))
     job = corpus.start("documents", prefix)
-    output, errors = job.communicate(timeout=_WAIT_SECONDS)
+    _, errors = job.communicate(timeout=_WAIT_SECONDS)
     assert job.returncode == 0 and f"{done} of {done} parts are there from before" in errors, errors
     corpus.check("documents", prefix)
