@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from megatron_xalign.errors import FormatError
-from megatron_xalign.formats.atomic import cannot_read, read_json
+from megatron_xalign.formats.atomic import cannot_read, json_bytes, read_json
 
 Origin = Literal["monolingual", "parallel"]
 
@@ -104,6 +104,12 @@ def read_manifest(prefix: str | Path) -> dict[str, Any]:
         raise FormatError(
             f"{path} is of version {manifest.get('version')!r}; this package reads version {MANIFEST_VERSION}."
         )
+
+    try:
+        # It is written again when files are joined: what Python reads and JSON does not allow would fail only there.
+        json_bytes(manifest)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} holds what no JSON file may: {ascii(str(error))[1:-1]}.") from None
 
     def check(good: bool, field: str) -> None:
         if not good:

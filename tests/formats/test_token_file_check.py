@@ -154,6 +154,13 @@ def test_megatrons_own_files_are_checked_as_far_as_can_be(
     assert "document 1 does not end" in report.problems[1].message
 
 
+def test_documents_without_tokens_are_counted_once(tmp_path: Path, token_files, megatron_builder, pieces) -> None:
+    megatron_builder(tmp_path / "m", [[], [[5]], [], [], [[6, 0]], [], [[7]], []])
+    report = check_token_file(tmp_path / "m", token_files.Tokenizer())
+    assert [(problem.check, problem.count) for problem in report.problems] == [("end of document", 7)]
+    assert "document 0 does not end" in report.problems[0].message
+
+
 def test_a_negative_id_is_a_problem_with_or_without_a_vocabulary(
     tmp_path: Path, token_files, megatron_builder
 ) -> None:

@@ -469,6 +469,15 @@ def test_a_deeply_nested_or_huge_manifest_is_an_error(tmp_path: Path, token_file
         read_token_file(tmp_path / "x")
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", '"\\ud800"', '{"\\udfff": 1}'])
+def test_a_manifest_with_what_cannot_be_written_again_is_an_error(tmp_path: Path, token_files, value: str) -> None:
+    token_files.write(tmp_path / "x", token_files.documents(4, 2), more="here")
+    path = companion(tmp_path / "x", "manifest.json")
+    path.write_text(path.read_text().replace('"here"', value))
+    with pytest.raises(FormatError, match="holds what no JSON file may"):
+        read_token_file(tmp_path / "x")
+
+
 def test_a_disk_that_fails_while_reading_is_an_error(
     tmp_path: Path, token_files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
