@@ -17,6 +17,9 @@ VERBS = (
     "blend", "train", "analyze", "convert", "report", "doctor",
 )
 
+DOORS = ("preprocess_data",)
+"""Verbs with the flags of somebody else's tool, called by a script of its name and not listed among ours."""
+
 
 def parsers(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
     yield words, parser
@@ -31,7 +34,9 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
     return code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [words for words, _ in parsers(build_parser())], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [words for words, _ in parsers(build_parser()) if not set(words) & set(DOORS)], ids=" ".join
+)
 def test_every_verb_explains_itself(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv=(*words, "--help")) == 0
     assert f"usage: {' '.join(('xalign', *words))}" in capsys.readouterr().out
@@ -39,7 +44,7 @@ def test_every_verb_explains_itself(words: tuple[str, ...], capsys: pytest.Captu
 
 def test_the_verbs_are_those_of_the_design() -> None:
     found = {words[0] for words, _ in parsers(build_parser()) if len(words) == 1}
-    assert found == set(VERBS)
+    assert found == {*VERBS, *DOORS}
 
 
 def test_a_tool_is_a_door_to_one_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +61,7 @@ def test_a_tool_is_a_door_to_one_verb(capsys: pytest.CaptureFixture[str]) -> Non
         (("quickstart", "--steps", "0"), "'0' is not a positive whole number"),
         (("quickstart", "--seed", "-1"), "'-1' is not a whole number of 0 or more"),
         (("corpus", "out", "--monolingual", "en.jsonl"), "is not of the form LANGUAGE=FILE"),
-        (("preprocess", "x", "--tokenizer", "t", "--output-prefix", "p", "--pairs", "a,a"), "is not a list of different"),
+        (("preprocess", "x", "--tokenizer", "t", "--output-prefix", "p", "--pairs", "a,a"), "not a list of different"),
         (
             ("preprocess", "x", "--tokenizer", "t", "--output-prefix", "p", "--pairs", "a,b", "--language", "a"),
             "not allowed with argument",
