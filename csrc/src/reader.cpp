@@ -26,55 +26,61 @@ struct PlacedPiece {
   std::int64_t first;  // token of the file
 };
 
-// Widens tokens to int64. False if one is negative or, with a vocabulary, not below its size.
+// Widens tokens to int64, into two places at once: inputs, and the labels of the inputs before them. False if one is
+// negative or, with a vocabulary, not below its size.
 template <typename Token>
-bool widen(const void* from, std::int64_t first, std::int64_t count, std::int64_t vocab_size, std::int64_t* to) {
+bool widen(const void* from, std::int64_t first, std::int64_t count, std::int64_t vocab_size,
+           std::int64_t* __restrict inputs, std::int64_t* __restrict labels) {
   // The sign bit of `outside` is set by any id that is outside.
-  std::int64_t outside = 0;
   const std::int64_t last = vocab_size > 0 ? vocab_size - 1 : std::numeric_limits<std::int64_t>::max();
   if (sizeof(Token) <= 2) {
     // Two bytes fit into 32 bits with room for the difference, and twice as many of those share an instruction.
     const auto last_32 = static_cast<std::int32_t>(std::min<std::int64_t>(last, 1 << 20));
-    std::int32_t outside_32 = 0;
+    std::int32_t outside = 0;
     for (std::int64_t i = 0; i < count; ++i) {
       const auto token = static_cast<std::int32_t>(item<Token>(from, first + i));
-      to[i] = token;
-      outside_32 |= token | (last_32 - token);
+      inputs[i] = token;
+      labels[i] = token;
+      outside |= token | (last_32 - token);
     }
-    return outside_32 >= 0;
+    return outside >= 0;
   }
+  std::int64_t outside = 0;
   for (std::int64_t i = 0; i < count; ++i) {
     const auto token = static_cast<std::int64_t>(item<Token>(from, first + i));
-    to[i] = token;
+    inputs[i] = token;
+    labels[i] = token;
     outside |= token | (token > last ? std::int64_t{-1} : 0);
   }
   return outside >= 0;
 }
 
-bool widen(const TokenFileView& file, std::int64_t first, std::int64_t count, std::int64_t* to) {
+bool widen(const TokenFileView& file, std::int64_t first, std::int64_t count, std::int64_t* inputs,
+           std::int64_t* labels) {
   switch (file.type) {
-    case TokenType::uint8: return widen<std::uint8_t>(file.tokens, first, count, file.vocab_size, to);
-    case TokenType::int8: return widen<std::int8_t>(file.tokens, first, count, file.vocab_size, to);
-    case TokenType::int16: return widen<std::int16_t>(file.tokens, first, count, file.vocab_size, to);
-    case TokenType::uint16: return widen<std::uint16_t>(file.tokens, first, count, file.vocab_size, to);
-    case TokenType::int32: return widen<std::int32_t>(file.tokens, first, count, file.vocab_size, to);
-    case TokenType::int64: return widen<std::int64_t>(file.tokens, first, count, file.vocab_size, to);
+    case TokenType::uint8: return widen<std::uint8_t>(file.tokens, first, count, file.vocab_size, inputs, labels);
+    case TokenType::int8: return widen<std::int8_t>(file.tokens, first, count, file.vocab_size, inputs, labels);
+    case TokenType::int16: return widen<std::int16_t>(file.tokens, first, count, file.vocab_size, inputs, labels);
+    case TokenType::uint16: return widen<std::uint16_t>(file.tokens, first, count, file.vocab_size, inputs, labels);
+    case TokenType::int32: return widen<std::int32_t>(file.tokens, first, count, file.vocab_size, inputs, labels);
+    case TokenType::int64: return widen<std::int64_t>(file.tokens, first, count, file.vocab_size, inputs, labels);
   }
   throw std::invalid_argument("a token type that there is not.");
 }
 
-// One row of a batch being filled. Tokens and languages have seq_length + 1 places: the last is only a label.
+// One row of a batch being filled.
 class Row {
  public:
   Row(const Streams& streams, std::int64_t seq_length, const ReadOptions& options)
       : streams_(streams),
         seq_length_(seq_length),
         options_(options),
-        tokens_(static_cast<std::size_t>(seq_length) + 1),
         languages_(static_cast<std::size_t>(seq_length) + 1) {}
 
   void fill(const PlacedPiece* pieces, std::size_t num_pieces, const BatchArrays& batch, std::int64_t row) {
     const std::int64_t at = row * seq_length_;
+    std::int64_t* const tokens = batch.tokens + at;
+    std::int64_t* const labels = batch.labels + at;
     std::int64_t* const positions = batch.position_ids + at;
     float* const loss = batch.loss_mask + at;
     std::fill(loss, loss + seq_length_, 1.0F);
@@ -82,25 +88,25 @@ class Row {
     std::int64_t done = 0;
     for (std::size_t i = 0; i < num_pieces; ++i) {
       const PlacedPiece& piece = pieces[i];
-      add_tokens(piece, done);
       const std::int64_t inputs = std::min(piece.tokens, seq_length_ - done);
+      read_tokens(piece, done, tokens, labels);
+      read_languages(piece, tokens + done, inputs, labels[seq_length_ - 1], languages_.data() + done);
       std::fill_n(batch.source_ids + at + done, inputs, static_cast<std::int16_t>(piece.source));
       std::fill_n(batch.document_ids + at + done, inputs, static_cast<std::int32_t>(i));
       if (options_.reset_position_ids) count_up(positions + done, inputs);
-      if (options_.eod_mask_loss) mask_eod(piece, inputs, done, loss);
+      if (options_.eod_mask_loss) mask_eod(piece, tokens + done, languages_.data() + done, inputs, loss + done);
       done += piece.tokens;
     }
     // What is left has no input; and the last token, unless it is a label itself, has none.
     const std::int64_t inputs = std::min(done, seq_length_), missing = seq_length_ - inputs;
-    std::fill(tokens_.begin() + done, tokens_.end(), options_.padding_token);
+    std::fill_n(tokens + inputs, missing, options_.padding_token);
     std::fill(languages_.begin() + done, languages_.end(), std::int8_t{-1});
     std::fill_n(batch.source_ids + at + inputs, missing, std::int16_t{-1});
     std::fill_n(batch.document_ids + at + inputs, missing, std::int32_t{-1});
     if (options_.reset_position_ids) count_up(positions + inputs, missing);
-    const std::int64_t labels = std::max<std::int64_t>(done - 1, 0);
-    std::fill(loss + labels, loss + seq_length_, 0.0F);
-    std::copy_n(tokens_.begin(), seq_length_, batch.tokens + at);
-    std::copy_n(tokens_.begin() + 1, seq_length_, batch.labels + at);
+    const std::int64_t num_labels = std::max<std::int64_t>(done - 1, 0);
+    std::fill(labels + num_labels, labels + seq_length_, options_.padding_token);
+    std::fill(loss + num_labels, loss + seq_length_, 0.0F);
     std::copy_n(languages_.begin(), seq_length_, batch.language_ids + at);
     std::copy_n(languages_.begin() + 1, seq_length_, batch.label_language_ids + at);
   }
@@ -110,57 +116,74 @@ class Row {
     for (std::int64_t i = 0; i < count; ++i) numbers[i] = i;
   }
 
-  void add_tokens(const PlacedPiece& piece, std::int64_t at) {
-    const TokenFileView& file = streams_[static_cast<std::size_t>(piece.source)]->file();
-    std::int64_t* const tokens = tokens_.data() + at;
-    if (!widen(file, piece.first, piece.tokens, tokens)) {
+  const TokenFileView& file_of(const PlacedPiece& piece) const {
+    return streams_[static_cast<std::size_t>(piece.source)]->file();
+  }
+
+  // Token `done` of the row and those after it. Not by copying inputs to labels: the two lie at the same place of
+  // different pages, where a processor takes a load for one that has to wait for the store just before.
+  void read_tokens(const PlacedPiece& piece, std::int64_t done, std::int64_t* tokens, std::int64_t* labels) const {
+    const TokenFileView& file = file_of(piece);
+    std::int64_t none = 0;
+    const std::int64_t begin = done == 0, end = std::min(piece.tokens, seq_length_ - done);
+    bool good = begin == 0 || widen(file, piece.first, 1, tokens, &none);
+    good &= begin >= end ||
+            widen(file, piece.first + begin, end - begin, tokens + done + begin, labels + done + begin - 1);
+    good &= end == piece.tokens || widen(file, piece.first + end, 1, &none, labels + seq_length_ - 1);
+    if (!good) {
       throw damaged_file(file.name + ": document " + std::to_string(piece.document) +
                          " has a token id outside its vocabulary of " + std::to_string(file.vocab_size) +
                          "; the file is damaged.");
     }
-    std::int8_t* const languages = languages_.data() + at;
-    if (file.content == Content::spans) {
-      auto span = file.span_at(piece.first, piece.document, piece.begin == 0);
-      for (std::int64_t done = 0; done < piece.tokens;) {
-        const std::int64_t until = std::min(span.end - piece.first, piece.tokens);
-        const std::int8_t language =
-            span.language < 0 ? std::int8_t{-1} : file.run_language[static_cast<std::size_t>(span.language)];
-        std::fill(languages + done, languages + until, language);
-        done = until;
-        if (done < piece.tokens) span = file.span_after(span, piece.document);
-      }
-      if (piece.begin + piece.tokens == piece.length) {
-        file.check_last(span, piece.document, piece.first + piece.tokens);
-      }
-      return;
-    }
+  }
+
+  // Of all tokens of a piece, the one behind its inputs included if there is one.
+  void read_languages(const PlacedPiece& piece, const std::int64_t* tokens, std::int64_t inputs, std::int64_t behind,
+                      std::int8_t* languages) const {
+    const TokenFileView& file = file_of(piece);
+    if (file.content == Content::spans) return read_spans(piece, languages);
     std::fill_n(languages, piece.tokens, file.run_language[0]);
-    if (file.content == Content::all_but_last && piece.begin + piece.tokens == piece.length) {
-      languages[piece.tokens - 1] = -1;
+    if (file.content == Content::all_but_last) {
+      if (piece.begin + piece.tokens == piece.length) languages[piece.tokens - 1] = -1;
     } else if (file.content == Content::not_eod) {
-      for (std::int64_t i = 0; i < piece.tokens; ++i) languages[i] = tokens[i] == file.eod ? std::int8_t{-1} : languages[i];
+      for (std::int64_t i = 0; i < inputs; ++i) languages[i] = tokens[i] == file.eod ? std::int8_t{-1} : languages[i];
+      if (inputs < piece.tokens && behind == file.eod) languages[inputs] = -1;
+    }
+  }
+
+  void read_spans(const PlacedPiece& piece, std::int8_t* languages) const {
+    const TokenFileView& file = file_of(piece);
+    auto span = file.span_at(piece.first, piece.document, piece.begin == 0);
+    for (std::int64_t done = 0; done < piece.tokens;) {
+      const std::int64_t until = std::min(span.end - piece.first, piece.tokens);
+      const std::int8_t language =
+          span.language < 0 ? std::int8_t{-1} : file.run_language[static_cast<std::size_t>(span.language)];
+      std::fill(languages + done, languages + until, language);
+      done = until;
+      if (done < piece.tokens) span = file.span_after(span, piece.document);
+    }
+    if (piece.begin + piece.tokens == piece.length) {
+      file.check_last(span, piece.document, piece.first + piece.tokens);
     }
   }
 
   // The same tokens as TokenFileView::count counts.
-  void mask_eod(const PlacedPiece& piece, std::int64_t inputs, std::int64_t at, float* loss) const {
-    const TokenFileView& file = streams_[static_cast<std::size_t>(piece.source)]->file();
-    if (file.content == Content::all) return;
+  void mask_eod(const PlacedPiece& piece, const std::int64_t* tokens, const std::int8_t* languages, std::int64_t inputs,
+                float* loss) const {
+    const TokenFileView& file = file_of(piece);
     if (file.content == Content::not_eod) {
-      for (std::int64_t i = at; i < at + inputs; ++i) {
-        if (tokens_[static_cast<std::size_t>(i)] == file.eod) loss[i] = 0.0F;
+      for (std::int64_t i = 0; i < inputs; ++i) {
+        if (tokens[i] == file.eod) loss[i] = 0.0F;
       }
-    } else if (inputs > 0 && piece.begin + inputs == piece.length) {
-      const auto last = static_cast<std::size_t>(at + inputs - 1);
-      if (languages_[last] < 0) loss[last] = 0.0F;
+    } else if (file.content != Content::all && inputs > 0 && piece.begin + inputs == piece.length) {
+      if (languages[inputs - 1] < 0) loss[inputs - 1] = 0.0F;
     }
   }
 
   const Streams& streams_;
   std::int64_t seq_length_;
   const ReadOptions& options_;
-  std::vector<std::int64_t> tokens_;
-  std::vector<std::int8_t> languages_;
+  std::vector<std::int8_t> languages_;  // one more than seq_length: the last is only a label's
 };
 
 // Where a piece lies in its file; its first tokens are on their way to the cache when this returns.
