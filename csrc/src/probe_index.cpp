@@ -30,39 +30,39 @@ std::uint64_t hash_of(const std::uint32_t* begin, std::size_t length) {
 }  // namespace
 
 void HashIndex::build(std::vector<Entry> entries) {
-  entries_ = std::move(entries);
-  std::sort(entries_.begin(), entries_.end());
+  std::sort(entries.begin(), entries.end());
+  std::size_t different = 0;
+  for (std::size_t i = 0; i < entries.size(); ++i) different += i == 0 || entries[i].first != entries[i - 1].first;
   int slot_bits = 1;
-  while ((std::size_t{1} << slot_bits) < 2 * entries_.size()) ++slot_bits;
-  const int bits = std::max(slot_bits + 3, 6);
+  while ((std::size_t{1} << slot_bits) < different + different / 2) ++slot_bits;
+  const int bits = std::max(slot_bits + 2, 6);
   shift_ = 64 - bits;
   slot_shift_ = 64 - slot_bits;
   bits_.assign(std::size_t{1} << (bits - 6), 0);
-  first_.assign(std::size_t{1} << slot_bits, -1);
-  for (std::size_t i = 0; i < entries_.size(); ++i) {
-    const std::uint64_t hash = entries_[i].first;
-    if (i > 0 && hash == entries_[i - 1].first) continue;
-    bits_[hash >> shift_ >> 6] |= std::uint64_t{1} << (hash >> shift_ & 63);
+  slots_.assign(std::size_t{1} << slot_bits, {0, 0, 0});
+  numbers_.clear();
+  for (std::size_t i = 0; i < entries.size();) {
+    const std::uint64_t hash = entries[i].first;
     std::size_t slot = hash >> slot_shift_;
-    while (first_[slot] >= 0) slot = (slot + 1) & (first_.size() - 1);
-    first_[slot] = static_cast<std::int32_t>(i);
+    while (slots_[slot].begin != slots_[slot].end) slot = (slot + 1) & (slots_.size() - 1);
+    const auto begin = static_cast<std::int32_t>(i);
+    for (; i < entries.size() && entries[i].first == hash; ++i) numbers_.push_back(entries[i].second);
+    slots_[slot] = {hash, begin, static_cast<std::int32_t>(i)};
+    bits_[hash >> shift_ >> 6] |= std::uint64_t{1} << (hash >> shift_ & 63);
   }
 }
 
-std::pair<const HashIndex::Entry*, const HashIndex::Entry*> HashIndex::find(std::uint64_t hash) const {
-  if ((bits_[hash >> shift_ >> 6] >> (hash >> shift_ & 63) & 1) == 0) return {nullptr, nullptr};
-  for (std::size_t slot = hash >> slot_shift_; first_[slot] >= 0; slot = (slot + 1) & (first_.size() - 1)) {
-    const auto begin = static_cast<std::size_t>(first_[slot]);
-    if (entries_[begin].first != hash) continue;
-    std::size_t end = begin + 1;
-    while (end < entries_.size() && entries_[end].first == hash) ++end;
-    return {entries_.data() + begin, entries_.data() + end};
+HashIndex::Range HashIndex::look_up(std::uint64_t hash) const {
+  for (std::size_t at = hash >> slot_shift_;; at = (at + 1) & (slots_.size() - 1)) {
+    const Slot& slot = slots_[at];
+    if (slot.begin == slot.end) return {nullptr, nullptr};
+    if (slot.hash == hash) return {numbers_.data() + slot.begin, numbers_.data() + slot.end};
   }
-  return {nullptr, nullptr};
 }
 
 struct ProbeIndex::Scratch {
   Buffer<std::uint64_t> grams;
+  std::vector<HashIndex::Range> found;
   std::vector<std::int32_t> hits;  // one for each sentence, zero between texts
   std::vector<std::int32_t> hit_sentences;
 };
@@ -130,9 +130,8 @@ bool ProbeIndex::matches_at(const Buffer<std::uint32_t>& text, std::size_t at, s
 }
 
 bool ProbeIndex::contains(const Buffer<std::uint32_t>& text) const {
-  const auto same = whole_.find(hash_of(text.data(), text.size()));
-  for (const auto* entry = same.first; entry != same.second; ++entry) {
-    const auto& held = sentences_[static_cast<std::size_t>(entry->second)];
+  for (const std::int32_t id : whole_.find(hash_of(text.data(), text.size()))) {
+    const auto& held = sentences_[static_cast<std::size_t>(id)];
     if (std::equal(held.begin(), held.end(), text.begin(), text.end())) return true;
   }
   if (text.size() < min_contained_ + 2) return false;
@@ -142,9 +141,8 @@ bool ProbeIndex::contains(const Buffer<std::uint32_t>& text) const {
     leaving *= kBase;
   }
   for (std::size_t at = 1;; ++at) {
-    const auto found = beginning_.find(spread(hash));
-    for (const auto* entry = found.first; entry != found.second; ++entry) {
-      if (matches_at(text, at, static_cast<std::size_t>(entry->second))) return true;
+    for (const std::int32_t id : beginning_.find(spread(hash))) {
+      if (matches_at(text, at, static_cast<std::size_t>(id))) return true;
     }
     if (at + min_contained_ + 1 >= text.size()) return false;
     hash = hash * kBase + text[at + min_contained_] + 1 - leaving * (std::uint64_t{text[at]} + 1);
@@ -156,10 +154,20 @@ bool ProbeIndex::resembles(const Buffer<std::uint32_t>& text, Scratch& scratch) 
   auto& grams = scratch.grams;
   grams.set_size(0);
   add_gram_hashes(text, grams);
-  for (const std::uint64_t gram : grams) {
-    const auto found = rare_.find(gram);
-    for (const auto* entry = found.first; entry != found.second; ++entry) {
-      if (scratch.hits[static_cast<std::size_t>(entry->second)]++ == 0) scratch.hit_sentences.push_back(entry->second);
+  // The table is larger than the nearest cache: memory is asked for some grams ahead.
+  constexpr std::size_t ahead = 12;
+  for (std::size_t i = 0; i < std::min(ahead, grams.size()); ++i) rare_.prefetch(grams[i]);
+  scratch.found.clear();
+  for (std::size_t i = 0; i < grams.size(); ++i) {
+    if (i + ahead < grams.size()) rare_.prefetch(grams[i + ahead]);
+    const auto range = rare_.find(grams[i]);
+    if (range.first == range.last) continue;
+    __builtin_prefetch(range.first);
+    scratch.found.push_back(range);
+  }
+  for (const auto& range : scratch.found) {
+    for (const std::int32_t id : range) {
+      if (scratch.hits[static_cast<std::size_t>(id)]++ == 0) scratch.hit_sentences.push_back(id);
     }
   }
   bool near = false, sorted = false;

@@ -16,18 +16,35 @@ enum class Touch : std::uint8_t {
   kContained = 2  // is or contains a sentence
 };
 
-// Numbers by 64-bit hash; most hashes that are not there are told by one bit.
+// Numbers by 64-bit hash. Most hashes that are not there are told by one bit, the others by one look at the table.
 class HashIndex {
  public:
   using Entry = std::pair<std::uint64_t, std::int32_t>;
+  struct Range {
+    const std::int32_t* first;
+    const std::int32_t* last;
+    const std::int32_t* begin() const { return first; }
+    const std::int32_t* end() const { return last; }
+  };
   void build(std::vector<Entry> entries);
-  // The entries of a hash, as a range.
-  std::pair<const Entry*, const Entry*> find(std::uint64_t hash) const;
+  // The numbers of a hash, ascending.
+  Range find(std::uint64_t hash) const {
+    if ((bits_[hash >> shift_ >> 6] >> (hash >> shift_ & 63) & 1) == 0) return {nullptr, nullptr};
+    return look_up(hash);
+  }
+  // Asks for the memory that find() will look at.
+  void prefetch(std::uint64_t hash) const { __builtin_prefetch(&slots_[hash >> slot_shift_]); }
 
  private:
-  std::vector<Entry> entries_;       // sorted
+  struct Slot {
+    std::uint64_t hash;
+    std::int32_t begin, end;  // in numbers_; equal where the slot is free
+  };
+  Range look_up(std::uint64_t hash) const;
+
   std::vector<std::uint64_t> bits_;  // one for each value of a hash's upper bits
-  std::vector<std::int32_t> first_;  // open addressing: position in entries_, -1 where free
+  std::vector<Slot> slots_;          // open addressing
+  std::vector<std::int32_t> numbers_;
   int shift_ = 63, slot_shift_ = 63;
 };
 
