@@ -44,20 +44,31 @@ BlendTally::BlendTally(const FractionSchedule& schedule, std::vector<bool> is_pa
   slot_of_position_.resize(static_cast<std::size_t>(batch_size));
 }
 
-std::size_t BlendTally::slot_of(std::int64_t sample) {
-  const std::int64_t step = sample / batch_size_;
-  if (step != step_) {
-    batch_positions(batch_key_, step, batch_size_, positions_.data());
+void BlendTally::go_to(std::int64_t sample) {
+  if (sample == sample_) return;
+  sample_ = sample;
+  phase_ = schedule_.phase_of(sample);
+  if (step_ < 0 || sample < step_ * batch_size_ || sample >= (step_ + 1) * batch_size_) {
+    step_ = sample / batch_size_;
+    batch_positions(batch_key_, step_, batch_size_, positions_.data());
     for (std::size_t slot = 0; slot < positions_.size(); ++slot) {
       slot_of_position_[static_cast<std::size_t>(positions_[slot])] = static_cast<std::int64_t>(slot);
     }
-    step_ = step;
   }
-  return static_cast<std::size_t>(slot_of_position_[static_cast<std::size_t>(sample % batch_size_)]);
+  slot_ = static_cast<std::size_t>(slot_of_position_[static_cast<std::size_t>(sample - step_ * batch_size_)]);
+}
+
+std::int64_t BlendTally::numerator_of(std::int64_t sample) {
+  if (sample != numerator_sample_) {
+    numerator_sample_ = sample;
+    numerator_ = schedule_.numerator(sample);
+  }
+  return numerator_;
 }
 
 void BlendTally::add_asked(std::int64_t sample, std::int64_t begun_in, std::int64_t counted) {
-  asked_[schedule_.phase_of(sample)] += static_cast<int128>(schedule_.numerator(begun_in)) * counted;
+  go_to(sample);
+  asked_[phase_] += static_cast<int128>(numerator_of(begun_in)) * counted;
 }
 
 void BlendTally::add_content(std::int32_t source, std::int64_t sample, std::int64_t begun_in,
@@ -65,8 +76,9 @@ void BlendTally::add_content(std::int32_t source, std::int64_t sample, std::int6
   const auto j = static_cast<std::size_t>(source);
   const auto& languages = languages_of_source_[j];
   const std::size_t origin = is_parallel_[j];
-  auto& of_phase = phases_[schedule_.phase_of(sample)].content[origin];
-  auto& of_slot = slots_[slot_of(sample)].content[origin];
+  go_to(sample);
+  auto& of_phase = phases_[phase_].content[origin];
+  auto& of_slot = slots_[slot_].content[origin];
   std::int64_t sum = 0;
   for (std::size_t column = 0; column < languages.size(); ++column) {
     const auto language = static_cast<std::size_t>(languages[column]);
@@ -85,7 +97,8 @@ void BlendTally::add(std::int32_t source, std::int64_t sample, std::int64_t begu
   sources_[j].tokens += tokens;
   sources_[j].loss += loss;
   sources_[j].rows += begins_row;
-  for (TextSums* sums : {&phases_[schedule_.phase_of(sample)], &slots_[slot_of(sample)]}) {
+  go_to(sample);
+  for (TextSums* sums : {&phases_[phase_], &slots_[slot_]}) {
     sums->tokens[origin] += tokens;
     sums->loss[origin] += loss;
     sums->rows[origin] += begins_row;
@@ -114,11 +127,15 @@ void BlendTally::take_back_loss(std::int32_t source, std::int64_t sample, std::i
   const auto j = static_cast<std::size_t>(source);
   const std::size_t origin = is_parallel_[j];
   sources_[j].loss -= tokens;
-  phases_[schedule_.phase_of(sample)].loss[origin] -= tokens;
-  slots_[slot_of(sample)].loss[origin] -= tokens;
+  go_to(sample);
+  phases_[phase_].loss[origin] -= tokens;
+  slots_[slot_].loss[origin] -= tokens;
 }
 
-void BlendTally::add_padding(std::int64_t sample, std::int64_t tokens) { padding_of_slots_[slot_of(sample)] += tokens; }
+void BlendTally::add_padding(std::int64_t sample, std::int64_t tokens) {
+  go_to(sample);
+  padding_of_slots_[slot_] += tokens;
+}
 
 void BlendTally::add_left_out(std::int32_t source, std::int64_t tokens) {
   ++sources_[static_cast<std::size_t>(source)].left_out_rows;

@@ -92,8 +92,12 @@ Blender::Blender(BlendTarget target)
     require(!any_monolingual || target_.language_shares[language] == 0 || !groups_[language].sources.empty(),
             "language " + std::to_string(language) + " has a share and no source with weight.");
   }
-  owed_.resize(num_languages, 0);
-  worst_languages_.resize(num_languages, 0);
+  held_index_.resize(num_languages, -1);
+  for (std::size_t k = 0; k < num_languages; ++k) {
+    if (target_.language_shares[k] == 0 || groups_[k].sources.empty()) continue;
+    held_index_[k] = static_cast<std::int32_t>(held_.size());
+    held_.push_back({k, target_.language_shares[k]});
+  }
   drawn_.resize(num_sources, 0);
   numerator_ = schedule_.numerator(0);
 }
@@ -103,20 +107,22 @@ void Blender::feed(std::int32_t source, const std::int32_t* content, const std::
   require(source >= 0 && static_cast<std::size_t>(source) < supplies_.size(),
           "source " + std::to_string(source) + " is outside 0.." + std::to_string(supplies_.size()) + ".");
   Supply& supply = supplies_[static_cast<std::size_t>(source)];
-  const std::string name = "source " + std::to_string(source);
   supply.rows.erase(supply.rows.begin(), supply.rows.begin() + static_cast<std::ptrdiff_t>(supply.next));
   supply.next = 0;
   supply.rows.reserve(supply.rows.size() + num_draws * supply.width);
+  const auto fail = [&](const char* what) {
+    throw std::invalid_argument("source " + std::to_string(source) + " has " + what + ".");
+  };
   for (std::size_t draw = 0; draw < num_draws; ++draw) {
     std::int64_t sum = 0;
     for (std::size_t column = 0; column < supply.columns.size(); ++column, ++content) {
-      require(*content >= 0, name + " has a negative count.");
+      if (*content < 0) fail("a negative count");
       sum += *content;
       supply.rows.push_back(*content);
     }
-    require(sum <= tokens[draw], name + " has more content than tokens.");
-    require(target_.documents || tokens[draw] <= target_.seq_length, name + " has a window of too many tokens.");
-    require(loss[draw] >= 0 && loss[draw] <= tokens[draw], name + " has a count of loss that does not fit its tokens.");
+    if (sum > tokens[draw]) fail("more content than tokens");
+    if (!target_.documents && tokens[draw] > target_.seq_length) fail("a window of too many tokens");
+    if (loss[draw] < 0 || loss[draw] > tokens[draw]) fail("a count of loss that does not fit its tokens");
     supply.rows.push_back(tokens[draw]);
     supply.rows.push_back(loss[draw]);
   }
@@ -159,40 +165,56 @@ Blender::Head Blender::head_of(std::size_t group) {
   return {source, content, tokens, target_.count_all_tokens ? tokens : content};
 }
 
-std::int32_t Blender::next_language(std::int64_t numerator) {
-  std::int32_t best = -1;
+void Blender::update_rates() {
+  // A rate is one number of a sample's fraction, and most samples have the fraction of the one before.
+  if (numerator_ == rates_at_) return;
+  rates_at_ = numerator_;
+  for (Language& language : held_) {
+    const int128 without = target_.language_rates_without[language.index];
+    const int128 with = target_.language_rates_with[language.index];
+    const int128 mean = without * (target_.denominator - numerator_) + with * numerator_;
+    language.rate = std::max<std::int64_t>(static_cast<std::int64_t>(mean / target_.denominator), 1);
+  }
+}
+
+int128 Blender::owed(const Language& language) const {
+  return static_cast<int128>(language.share) * steered_ - static_cast<int128>(all_shares_) * language.given;
+}
+
+std::int32_t Blender::next_language() {
+  update_rates();
+  const Language* best = nullptr;
   bool best_eligible = false;
   int128 best_slack = 0;
-  std::int64_t best_rate = 1;
-  for (std::size_t k = 0; k + 1 < groups_.size(); ++k) {
-    const std::int64_t share = target_.language_shares[k];
-    if (share == 0 || groups_[k].sources.empty()) continue;
-    const Group& group = groups_[k];
-    const std::int64_t size = group.queue->size_of(group.queue->best());
-    const std::int64_t window = target_.documents ? size : target_.seq_length;
-    const int128 ahead = static_cast<int128>(all_shares_ - share) * size - owed_[k];
-    const bool eligible = ahead < static_cast<int128>(all_shares_) * window;
+  for (Language& language : held_) {
+    const std::int64_t window = target_.documents ? language.size : target_.seq_length;
+    const int128 debt = owed(language);
+    language.worst = std::max(language.worst, magnitude(debt));
+    const int128 room = static_cast<int128>(all_shares_) * window;
+    const bool eligible = static_cast<int128>(all_shares_ - language.share) * language.size - debt < room;
     // Far from any feasible target the debt grows with the run; beyond this bound only its sign matters.
     constexpr int128 kFar = static_cast<int128>(1) << 94;
-    const int128 slack = std::clamp(static_cast<int128>(all_shares_) * window - owed_[k], -kFar, kFar);
-    const int128 mean = static_cast<int128>(target_.language_rates_without[k]) * (target_.denominator - numerator) +
-                        static_cast<int128>(target_.language_rates_with[k]) * numerator;
-    const auto rate = std::max<std::int64_t>(static_cast<std::int64_t>(mean / target_.denominator), 1);
-    if (best < 0 || (eligible && !best_eligible) ||
-        (eligible == best_eligible && slack * best_rate < best_slack * rate)) {
-      best = static_cast<std::int32_t>(k);
+    const int128 slack = std::clamp(room - debt, -kFar, kFar);
+    if (best == nullptr || (eligible && !best_eligible) ||
+        (eligible == best_eligible && slack * best->rate < best_slack * language.rate)) {
+      best = &language;
       best_eligible = eligible;
       best_slack = slack;
-      best_rate = rate;
     }
   }
-  return best;
+  return best == nullptr ? -1 : static_cast<std::int32_t>(best->index);
+}
+
+std::vector<int128> Blender::worst_languages() const {
+  std::vector<int128> worst(held_index_.size(), 0);
+  for (const Language& language : held_) worst[language.index] = std::max(language.worst, magnitude(owed(language)));
+  return worst;
 }
 
 void Blender::choose() {
   const std::size_t parallel = groups_.size() - 1;
   const std::int64_t denominator = target_.denominator;
-  const std::int32_t language = numerator_ < denominator ? next_language(numerator_) : -1;
+  const std::int32_t language = numerator_ < denominator ? next_language() : -1;
   if (numerator_ == 0) return take(static_cast<std::size_t>(language));
   const Head pair = head_of(parallel);
   const bool waits = target_.documents && target_.keep_pairs_whole && pair.tokens > target_.seq_length - filled_;
@@ -219,16 +241,11 @@ void Blender::take(std::size_t group) {
   worst_parallel_ = std::max(worst_parallel_, magnitude(surplus_));
   if (!is_parallel || target_.parallel_fills_languages) {
     // Languages held to nothing are left out of the sum that shares are shares of.
-    std::int64_t sum = 0;
     for (std::size_t column = 0; column < supply.columns.size(); ++column) {
-      const auto k = static_cast<std::size_t>(supply.columns[column]);
-      if (target_.language_shares[k] == 0) continue;
-      sum += row[column];
-      owed_[k] -= static_cast<int128>(all_shares_) * row[column];
-    }
-    for (std::size_t k = 0; k < owed_.size(); ++k) {
-      owed_[k] += static_cast<int128>(target_.language_shares[k]) * sum;
-      worst_languages_[k] = std::max(worst_languages_[k], magnitude(owed_[k]));
+      const std::int32_t held = held_index_[static_cast<std::size_t>(supply.columns[column])];
+      if (held < 0) continue;
+      steered_ += row[column];
+      held_[static_cast<std::size_t>(held)].given += row[column];
     }
   }
   if (target_.documents) {
@@ -312,9 +329,17 @@ Blender::Status Blender::run(std::size_t max_rows) {
     return has_label || last_padding_ > 0;
   };
   while (!done()) {
-    while (!hungry_.empty()) {
-      if (!look(hungry_.back())) return {hungry_.back(), false};
-      hungry_.pop_back();
+    for (; !hungry_.empty(); hungry_.pop_back()) {
+      const std::int32_t source = hungry_.back();
+      if (!look(source)) return {source, false};
+      changed_.push_back(supplies_[static_cast<std::size_t>(source)].group);
+    }
+    for (; !changed_.empty(); changed_.pop_back()) {
+      FairQueue& queue = *groups_[changed_.back()].queue;
+      const std::int64_t size = queue.size_of(queue.best());
+      if (changed_.back() == groups_.size() - 1) continue;
+      const std::int32_t held = held_index_[changed_.back()];
+      if (held >= 0) held_[static_cast<std::size_t>(held)].size = size;
     }
     if (rows_taken_ >= until) return {-1, false};
     choose();

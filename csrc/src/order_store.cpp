@@ -146,28 +146,50 @@ template void RowCounter::append(const std::uint16_t*, std::size_t);
 
 std::vector<std::int64_t> RowCounter::take_lines() { return std::exchange(lines_, {}); }
 
+namespace {
+
+// Where the order of a step is turned to, and what its runs are shuffled by.
+struct Turn {
+  std::uint64_t word;
+  std::int64_t offset;
+  std::int64_t batch_size;
+
+  Turn(std::uint64_t key, std::int64_t step, std::int64_t size)
+      : word(mixed(key ^ mixed(static_cast<std::uint64_t>(step)))),
+        offset(static_cast<std::int64_t>(scaled(word, static_cast<std::uint64_t>(size)))),
+        batch_size(size) {}
+
+  // The places of the slots of a run; returns how many it has.
+  std::int64_t places(std::int64_t run, std::int64_t* positions) const {
+    const std::int64_t first = run * kSlotsOfARun, length = std::min(kSlotsOfARun, batch_size - first);
+    for (std::int64_t i = 0; i < length; ++i) {
+      const std::int64_t turned = first + i + offset;
+      positions[i] = turned < batch_size ? turned : turned - batch_size;
+    }
+    // Fisher-Yates from the back.
+    std::uint64_t random = mixed(word ^ mixed(~static_cast<std::uint64_t>(run)));
+    for (std::int64_t left = length; left > 1; --left) {
+      random = mixed(random);
+      std::swap(positions[left - 1], positions[scaled(random, static_cast<std::uint64_t>(left))]);
+    }
+    return length;
+  }
+};
+
+}  // namespace
+
 std::int64_t batch_position(std::uint64_t key, std::int64_t step, std::int64_t slot, std::int64_t batch_size) {
   require(batch_size >= 1 && step >= 0, "batch_size is below 1 or the step is negative.");
-  require(slot >= 0 && slot < batch_size, "slot " + std::to_string(slot) + " is outside the batch.");
-  const std::uint64_t of_step = mixed(key ^ mixed(static_cast<std::uint64_t>(step)));
-  const auto offset = static_cast<std::int64_t>(scaled(of_step, static_cast<std::uint64_t>(batch_size)));
-  const std::int64_t run = slot / kSlotsOfARun, first = run * kSlotsOfARun;
-  const std::int64_t length = std::min(kSlotsOfARun, batch_size - first);
-  // Fisher-Yates from the back.
-  std::int64_t places[kSlotsOfARun];
-  for (std::int64_t i = 0; i < length; ++i) places[i] = i;
-  std::uint64_t word = mixed(of_step ^ mixed(~static_cast<std::uint64_t>(run)));
-  for (std::int64_t left = length; left > 1; --left) {
-    word = mixed(word);
-    std::swap(places[left - 1], places[scaled(word, static_cast<std::uint64_t>(left))]);
-  }
-  const std::int64_t turned = first + places[slot - first];
-  return turned + offset < batch_size ? turned + offset : turned + offset - batch_size;
+  require(slot >= 0 && slot < batch_size, "the slot is outside the batch.");
+  std::int64_t positions[kSlotsOfARun];
+  Turn(key, step, batch_size).places(slot / kSlotsOfARun, positions);
+  return positions[slot % kSlotsOfARun];
 }
 
 void batch_positions(std::uint64_t key, std::int64_t step, std::int64_t batch_size, std::int64_t* positions) {
-  require(batch_size >= 1, "batch_size=" + std::to_string(batch_size) + " is below 1.");
-  for (std::int64_t slot = 0; slot < batch_size; ++slot) positions[slot] = batch_position(key, step, slot, batch_size);
+  require(batch_size >= 1 && step >= 0, "batch_size is below 1 or the step is negative.");
+  const Turn turn(key, step, batch_size);
+  for (std::int64_t slot = 0; slot < batch_size;) slot += turn.places(slot / kSlotsOfARun, positions + slot);
 }
 
 }  // namespace xalign

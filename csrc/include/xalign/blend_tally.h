@@ -72,7 +72,8 @@ class BlendTally {
   const std::vector<int128>& asked() const { return asked_; }
 
  private:
-  std::size_t slot_of(std::int64_t sample);
+  void go_to(std::int64_t sample);
+  std::int64_t numerator_of(std::int64_t sample);
   void add_content(std::int32_t source, std::int64_t sample, std::int64_t begun_in, const std::int32_t* content);
   void add_asked(std::int64_t sample, std::int64_t begun_in, std::int64_t counted);
 
@@ -86,6 +87,10 @@ class BlendTally {
   std::vector<TextSums> phases_, slots_;
   std::vector<std::int64_t> padding_of_slots_;
   std::vector<int128> asked_;
+  // Of the sample at hand; most pieces are of the one of the piece before.
+  std::int64_t sample_ = -1;
+  std::size_t phase_ = 0, slot_ = 0;
+  std::int64_t numerator_sample_ = -1, numerator_ = 0;
   std::int64_t step_ = -1;
   std::vector<std::int64_t> positions_, slot_of_position_;  // of step_
 };

@@ -87,7 +87,7 @@ class Blender {
   // language's tokens from its share, times the sum of shares.
   std::int64_t largest_row() const { return largest_row_; }  // counted tokens of a window or document drawn
   int128 worst_parallel() const { return worst_parallel_; }
-  const std::vector<int128>& worst_languages() const { return worst_languages_; }
+  std::vector<int128> worst_languages() const;
 
  private:
   struct Supply {
@@ -107,10 +107,21 @@ class Blender {
     std::int64_t content, tokens, counted;
   };
 
+  struct Language {
+    std::size_t index;
+    std::int64_t share;
+    std::int64_t given = 0;  // tokens so far
+    std::int64_t size = 0;   // of its next piece
+    std::int64_t rate = 1;   // of the fraction rates_at_
+    int128 worst = 0;        // the largest distance from its share, times all_shares_
+  };
+
   const std::int32_t* row_of(std::int32_t source) const;
   bool look(std::int32_t source);  // offers the next draw to the group; false if it has to be fed first
   Head head_of(std::size_t group);
-  std::int32_t next_language(std::int64_t numerator);
+  void update_rates();
+  int128 owed(const Language& language) const;  // all_shares_ * (share of what was drawn - what it drew itself)
+  std::int32_t next_language();
   void choose();
   void take(std::size_t group);
   void place_window(std::int32_t source);
@@ -124,14 +135,16 @@ class Blender {
   std::vector<Supply> supplies_;
   std::vector<Group> groups_;        // one per language, the parallel sources last
   std::vector<std::int32_t> hungry_;  // sources to look at again, the last one first
+  std::vector<std::size_t> changed_;  // groups whose best member is to be found again
   std::int64_t all_shares_ = 0;
-  std::vector<int128> owed_;  // all_shares * (share of what was drawn - what it drew itself)
+  std::vector<Language> held_;            // languages with a share
+  std::vector<std::int32_t> held_index_;  // of a language in held_, or -1
+  std::int64_t steered_ = 0;              // tokens of all of them so far
+  std::int64_t rates_at_ = -1;
   int128 surplus_ = 0;        // denominator * (parallel tokens - those asked for)
   std::int64_t largest_row_ = 0;
   int128 worst_parallel_ = 0;
-  std::vector<int128> worst_languages_;
   std::vector<std::int64_t> drawn_;
-  std::vector<std::int64_t> content_;  // of the row at hand, by language
 
   std::int64_t sample_ = 0;
   std::int64_t filled_ = 0;  // tokens of the sample, documents only
