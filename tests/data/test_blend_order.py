@@ -17,6 +17,40 @@ def order_of(ids: np.ndarray, num_sources: int, batch_size: int, key: int = 3) -
     return _native.SampleOrder(ids=ids, counts=counts, batch_size=batch_size, batch_key=key)
 
 
+def earliest_deadlines(weights: list[int], num_samples: int) -> list[int]:
+    """Slot by slot: of the samples that may come, the one that is due first; the lower source where two are."""
+    total, given_j, order = sum(weights), [0] * len(weights), []
+    for slot in range(1, num_samples + 1):
+        due = [
+            (-(-(given_j[j] + 1) * total // weight), j)
+            for j, weight in enumerate(weights)
+            if weight and slot > given_j[j] * total // weight
+        ]
+        deadline, source = min(due)
+        assert deadline >= slot
+        given_j[source] += 1
+        order.append(source)
+    return order
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    weights=st.one_of(
+        st.lists(st.integers(0, 30), min_size=1, max_size=40), st.lists(st.integers(0, 2**57), min_size=1, max_size=40)
+    ).filter(any),
+    pieces=st.lists(st.integers(0, 700), min_size=1, max_size=5),
+)
+def test_the_order_is_that_of_earliest_deadlines(weights: list[int], pieces: list[int]) -> None:
+    blend = _native.BlendOrder(np.array(weights))
+    order: list[int] = []
+    for piece in pieces:
+        part = np.empty(piece, dtype=np.uint16)
+        blend.fill(part)
+        order += part.tolist()
+    assert len(blend) == sum(pieces)
+    assert order == earliest_deadlines(weights, sum(pieces))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     num_sources=st.integers(1, 700), batch_size=st.integers(1, 40), steps=st.integers(0, 900),
