@@ -149,7 +149,8 @@ def _plan(work: Path, num_sources: int, train_tokens: int) -> list[dict[str, Any
         answer(
             f"{name}: every sample chosen", ours=seconds[f"order of {plan.num_samples:,} samples"], peer=None,
             goal=None, unit="s", better="lower", samples=plan.num_samples, documents=documents,
-            plan_seconds=seconds["plan"], kept_seconds=seconds["the same, kept"], kept_mb=round(kept / 1e6), look_up_microseconds=look_ups,
+            plan_seconds=seconds["plan"],
+            kept_seconds=seconds["the same, kept"], kept_mb=round(kept / 1e6), look_up_microseconds=look_ups,
             parallel_off_samples=audit["difference_samples"],
         ),
         answer(f"{name}: peak memory", ours=_peak_bytes() / 1e6, peer=None, goal=4000, unit="MB", better="lower"),

@@ -336,13 +336,25 @@ void SourceStream::append_window(std::int64_t draw, std::int32_t source, std::ve
   }
 }
 
+// The last block that begins at a token of the stream or before it. Starts come from a file: nothing says that they rise.
+std::int64_t SourceStream::block_of(const Epoch& epoch, std::int64_t token) const {
+  const auto* const after = std::upper_bound(epoch.starts, epoch.starts + epoch.num_starts, token);
+  const std::int64_t block = after - epoch.starts - 1;
+  if (block < 0 || epoch.starts[block] < 0 || epoch.starts[block] > token) stale("a start");
+  return block;
+}
+
+std::pair<std::int64_t, std::int64_t> SourceStream::packed_places(const Epoch& epoch, std::int64_t window) const {
+  const std::int64_t begin = epoch.window_starts[window], end = epoch.window_starts[window + 1];
+  if (begin < 0 || end < begin || end > static_cast<std::int64_t>(epoch.num_packed)) stale("a window");
+  return {begin, end};
+}
+
 void SourceStream::append_cut(const Epoch& epoch, std::int64_t window, std::int32_t source,
                               std::vector<Piece>& pieces) const {
   const std::int64_t from = window * cutting_.seq_length;
-  const auto* const after = std::upper_bound(epoch.starts, epoch.starts + epoch.num_starts, from);
-  const std::int64_t block = std::max<std::int64_t>(after - epoch.starts - 1, 0);
+  const std::int64_t block = block_of(epoch, from);
   std::int64_t skip = from - epoch.starts[block], wanted = cutting_.seq_length + 1;
-  if (skip < 0) stale("a start");
   std::int64_t documents[kStride], lengths[kStride];
   for (std::int64_t position = block * kStride; wanted > 0; position += kStride) {
     const std::int64_t count = std::min(kStride, num_documents() - position);
@@ -366,8 +378,7 @@ void SourceStream::append_cut(const Epoch& epoch, std::int64_t window, std::int3
 
 void SourceStream::append_packed(const Epoch& epoch, std::int64_t window, std::int32_t source,
                                  std::vector<Piece>& pieces) const {
-  const std::int64_t begin = epoch.window_starts[window], end = epoch.window_starts[window + 1];
-  if (begin < 0 || end < begin || end > static_cast<std::int64_t>(epoch.num_packed)) stale("a window");
+  const auto [begin, end] = packed_places(epoch, window);
   std::int64_t room = cutting_.seq_length;
   for (std::int64_t i = begin; i < end; ++i) {
     const std::int64_t document = epoch.packed[i];
@@ -394,10 +405,8 @@ void SourceStream::count_cut(const Epoch& epoch, std::int64_t first, std::int64_
                              const Counts<Count>& counts) const {
   if (first >= end) return;
   const std::int64_t from = first * cutting_.seq_length;
-  const auto* const after = std::upper_bound(epoch.starts, epoch.starts + epoch.num_starts, from);
-  const std::int64_t block = std::max<std::int64_t>(after - epoch.starts - 1, 0);
+  const std::int64_t block = block_of(epoch, from);
   std::int64_t skip = from - epoch.starts[block], skipped = 0;
-  if (skip < 0) stale("a start");
   Walk walk(*this, epoch, block * kStride, num_documents());
   Draws draws(epoch.windows);
   Row row(file_);
@@ -504,6 +513,8 @@ SourceStream::DocumentsRead SourceStream::read_of_cut(const Epoch& epoch, std::i
   const auto is_drawn = [&](std::int64_t window) { return draws.of(window) < num_drawn; };
   DocumentsRead read;
   std::int64_t begin = epoch.starts[first_document / kStride];
+  // Far enough from the end of int64 for all documents that follow.
+  if (begin < 0 || begin > epoch.starts[epoch.num_starts - 1]) stale("a start");
   Walk walk(*this, epoch, first_document, end_document);
   for (DocumentPlace place{}; walk.next(place); begin += place.length) {
     if (place.length == 0) continue;
@@ -531,8 +542,8 @@ SourceStream::DocumentsRead SourceStream::documents_read(std::int64_t num_window
     left -= drawn;
     if (cutting_.whole_documents) {
       for (std::int64_t draw = 0; draw < drawn; ++draw) {
-        const std::int64_t window = epoch->windows.at(draw);
-        all.begun += epoch->window_starts[window + 1] - epoch->window_starts[window];
+        const auto [begin, end] = packed_places(*epoch, epoch->windows.at(draw));
+        all.begun += end - begin;
       }
       continue;
     }

@@ -121,7 +121,8 @@ TokenFileView::Span TokenFileView::span_at(std::int64_t token, std::int64_t docu
   std::int64_t low = 0, high = num_spans, low_token = 0, high_token = num_tokens;
   for (int guesses = 0; low < high; ++guesses) {
     std::int64_t middle = low + (high - low) / 2;
-    if (guesses < 8 && high - low > 16 && low_token <= token && token < high_token) {
+    const bool is_sane = 0 <= low_token && low_token <= token && token < high_token && high_token <= num_tokens;
+    if (guesses < 8 && high - low > 16 && is_sane) {
       const double share = static_cast<double>(token - low_token) / static_cast<double>(high_token - low_token);
       middle = std::min(low + static_cast<std::int64_t>(share * static_cast<double>(high - low)), high - 1);
     }

@@ -27,7 +27,8 @@ where documents are mixed it is the largest document."""
 LANGUAGE_TOLERANCE = 2.0
 """The same for a language's share: one for its monolingual text, one for the uneven halves of parallel text."""
 
-# Batches that are looked into at a time for the spread over data-parallel ranks.
+# Steps are compared rank by rank in runs of up to so many samples: some seconds.
+_MOST_COMPARED_SAMPLES = 1 << 26
 _SAMPLES_AT_A_TIME = 1 << 20
 
 
@@ -40,7 +41,8 @@ def audit_order(
         plan: what was asked.
         order: what was built.
         streams: the sources.
-        data_parallel_sizes: numbers of data-parallel ranks for which every rank's part is counted.
+        data_parallel_sizes: numbers of data-parallel ranks for which every rank's part is counted; of runs of up to
+            67 million samples also how far ranks are apart in a single step.
 
     Returns:
         The audit, JSON-able (docs/architecture.md, audit.json).
@@ -275,7 +277,7 @@ def _ranks(plan: MixturePlan, order: Order, size: int) -> dict[str, Any]:
             }
         )
     entry: dict[str, Any] = {"ranks": ranks, "spread": max(fractions) - min(fractions)}
-    if order.borders_N is None:
+    if order.borders_N is None and plan.num_samples <= _MOST_COMPARED_SAMPLES:
         entry["most_uneven_step_samples"] = _most_uneven_step(plan, order, size)
     return entry
 

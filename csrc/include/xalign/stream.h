@@ -10,6 +10,7 @@
 #include <mutex>
 #include <optional>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "xalign/packing.h"
@@ -143,6 +144,8 @@ class SourceStream {
   std::shared_ptr<const Epoch> indexed(std::int64_t number) const;
   void put(std::int64_t number, const Epoch& epoch);
   Window window_of(std::int64_t draw) const;
+  std::int64_t block_of(const Epoch& epoch, std::int64_t token) const;
+  std::pair<std::int64_t, std::int64_t> packed_places(const Epoch& epoch, std::int64_t window) const;
   void append_cut(const Epoch& epoch, std::int64_t window, std::int32_t source, std::vector<Piece>& pieces) const;
   void append_packed(const Epoch& epoch, std::int64_t window, std::int32_t source, std::vector<Piece>& pieces) const;
   template <typename Count>
