@@ -10,6 +10,8 @@ from megatron_xalign.data.inputs import Fields, InputFile, Part, Piece, Reading,
 SAMPLE_CHARACTERS = 2_000_000
 _MOST_STRETCHES = 16
 _BATCH_BYTES = 1 << 17
+# Of a document that is a book, its beginning.
+_LONGEST_CHARACTERS = 100_000
 
 
 def sample_texts(
@@ -38,16 +40,16 @@ def sample_texts(
             if taken >= share:
                 break
             if language in (None, code):
-                taken += len(text)
-                yield code, text
+                taken += min(len(text), _LONGEST_CHARACTERS)
+                yield code, text[:_LONGEST_CHARACTERS]
         total += taken
     if language is None or total >= most_characters:
         return
     total = 0
     for code, text in texts_of([piece for part in parts for piece in part.pieces], fields):
         if code == language:
-            yield code, text
-            total += len(text)
+            yield code, text[:_LONGEST_CHARACTERS]
+            total += min(len(text), _LONGEST_CHARACTERS)
         if total >= most_characters:
             return
 

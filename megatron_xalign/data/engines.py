@@ -47,7 +47,7 @@ _MIN_BYTES_BETWEEN = 16 << 20
 _ORDINARY, _UNASSIGNED, _SURROGATE = 0, 1, 2
 _TRIMMED = "".join(chr(code) for code in range(0x3001) if chr(code).isspace()) + "▁"
 # Names of the patterns in gigatoken's from_tiktoken.
-_GIGATOKEN_SPLITS = {"gpt2": "gpt2", "cl100k": "gpt4", "o200k": "o200k"}
+_GIGATOKEN_SPLITS = {"gpt2": "gpt2", "cl100k": "gpt4", "o200k": "o200k", "megatron-v2": "nemotron"}
 
 
 class Engine(Protocol):

@@ -3,11 +3,11 @@
 The identifier is ``eld`` (Apache-2.0, 60 languages, pure Python, extra ``langid``). On 4,000 sentences of help pages, a
 handbook and law in 13 languages it named the language of 98.9 %, py3langid 0.4 of 97.6 %; on 15,000 software messages
 of 20 characters and more in 36 languages both 91 %; eld in half to three quarters of the time. Neither is right often
-enough on short or technical text to drop whatever it names differently, so texts with few letters are not asked, and one
-is called wrong only if its own language scores less than 0.7 of the best. With labels exchanged at random that found
-99 % (sentences) and 95 % (messages) of those of 40 to 80 characters, and all but neighbours like Danish and Norwegian
-beyond; of those labelled right it called wrong none of the sentences and 0.6 % of the messages, most of them
-commands and names in English.
+enough on short or technical text to drop whatever it names differently, so texts with few letters are not asked, and
+one is called wrong only if its own language scores less than 0.7 of the best. With labels exchanged at random that
+found 99 % (sentences) and 95 % (messages) of those of 40 to 80 characters, and all but neighbours like Danish and
+Norwegian beyond; of those labelled right it called wrong none of the sentences and 0.6 % of the messages, most of
+them commands and names in English.
 """
 
 # N texts, S scripts

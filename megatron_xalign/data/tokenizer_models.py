@@ -175,7 +175,8 @@ class TokenizersModel:
     @property
     def has_normalizer(self) -> bool:
         """Whether text is changed before it is cut."""
-        return self._facts.get("normalizer") is not None
+        normalizer = self._facts.get("normalizer")
+        return normalizer not in (None, {"type": "Sequence", "normalizers": []})
 
     def _batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
         """Texts, or pieces of long ones, with the index of the text each belongs to."""

@@ -113,7 +113,7 @@ def train_tokenizer(
         )
     samples = draw_texts(_with_languages(texts), max_bytes_per_language, seed)
     if not samples:
-        raise ValueError("texts is empty.")
+        raise CorpusError("there is no text to train a tokenizer on.")
     for language, sample in samples.items():
         if not sample.num_bytes:
             raise CorpusError(f"there is no {language} text to train a tokenizer on.")

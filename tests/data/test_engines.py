@@ -24,6 +24,7 @@ from megatron_xalign.data.tokenizer import TiktokenSettings, Tokenizer, Unencoda
 from megatron_xalign.errors import ConfigError
 
 TEXTS = [*ALL_LINES, *ODD_TEXTS, "\n".join(ALL_LINES)]
+REAL_TEXT = Path(__file__).resolve().parents[3] / "shared" / "data"
 FAST = ["gpt2", "llama3", "o200k", "spm", "spm-trims", "tiktoken"]
 # Letters of Unicode 17; Python 3.11 and 3.12 do not know them, gigatoken and tokenizers disagree on them.
 NEW_LETTERS = ["\u088f", "\ua7ce", "\U00010940"]
@@ -157,6 +158,30 @@ def test_what_gigatoken_remembers_is_bounded_and_changes_no_id(
     for texts in (ALL_LINES, TEXTS, ALL_LINES):
         assert rows(engine.encode_flat(texts)) == oracle(tokenizers["gpt2"], texts)
     assert engine._engine is not first
+
+
+@pytest.mark.skipif(not REAL_TEXT.is_dir(), reason="real text lies beside the project only where it is developed")
+@pytest.mark.parametrize("model", ["gpt2", "llama3", "sentencepiece"])
+def test_real_text_in_six_languages_gets_the_same_ids(model: str, tmp_path: Path) -> None:
+    pytest.importorskip("gigatoken")
+    import zstandard
+
+    texts = []
+    for path in sorted(REAL_TEXT.glob("*/docs.*.jsonl.zst")):
+        with zstandard.open(path, "rt", encoding="utf-8") as lines:
+            texts += [json.loads(line)["text"] for line, _ in zip(lines, range(120), strict=False)]
+    assert len(texts) > 700
+    if model == "sentencepiece":
+        file = sentencepiece_model(
+            tmp_path / "x.model", texts=texts[::7], vocab_size=8_000, normalization_rule_name="identity"
+        )
+        tokenizer = Tokenizer.load(file)
+    else:
+        split: Any = model
+        tokenizer = Tokenizer.load(train_tokenizer({"mul_Zzzz": texts[::7]}, tmp_path / "t", 8_000, split=split))
+    engine, facts = choose_engine(tokenizer, texts[:50])
+    assert facts["name"] == "gigatoken"
+    assert rows(engine.encode_flat(texts)) == oracle(tokenizer, texts)
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------

@@ -203,6 +203,8 @@ def test_too_small_a_vocabulary_and_no_text_are_errors(tmp_path: Path) -> None:
         train_tokenizer(TEXTS, tmp_path / "t", 258, model="unigram")
     with pytest.raises(CorpusError, match="no fin_Latn text"):
         train_tokenizer({"eng_Latn": ALL_LINES, "fin_Latn": [""]}, tmp_path / "t", 400)
+    with pytest.raises(CorpusError, match="there is no text"):
+        train_tokenizer(iter([]), tmp_path / "t", 400)
     with pytest.raises(CorpusError, match="text 2 of eng_Latn is not valid Unicode"):
         train_tokenizer({"eng_Latn": ["fine", "bad\ud800"]}, tmp_path / "t", 400)
     assert not list(tmp_path.iterdir())

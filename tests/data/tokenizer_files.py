@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def hf_folder(path: Path, config: dict[str, Any] | None = None, **parts: Any) ->
     return path
 
 
-def sentencepiece_model(path: Path, **options: Any) -> Path:
+def sentencepiece_model(path: Path, texts: Sequence[str] = ALL_LINES, **options: Any) -> Path:
     """A SentencePiece ``.model``; byte fallback unless told otherwise."""
     sentencepiece = pytest.importorskip("sentencepiece")
     model = io.BytesIO()
@@ -44,7 +45,7 @@ def sentencepiece_model(path: Path, **options: Any) -> Path:
         "character_coverage": 0.98,
     }
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(ALL_LINES), model_writer=model, **settings | options
+        sentence_iterator=iter(texts), model_writer=model, **settings | options
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.getvalue())
