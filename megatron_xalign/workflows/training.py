@@ -1,0 +1,241 @@
+"""Mixtures and training."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_xalign.config import DataConfig, RunConfig, to_tree, to_yaml
+from megatron_xalign.errors import ConfigError, CorpusError
+from megatron_xalign.formats.atomic import write_json
+from megatron_xalign.formats.run_folder import RunFolder, check_same_run, command_line, start_run
+
+log = logging.getLogger(__name__)
+
+
+def audit_blend(
+    config: RunConfig, num_samples: int = 0, *, data_parallel_sizes: Sequence[int] = (),
+    most_characters: int | None = None,
+) -> tuple[dict[str, Any], str, list[str]]:
+    """Build a run's mixture; return its audit, the audit as a table, and its first samples as text.
+
+    The audit counts also what each of so many data-parallel ranks reads. Stretches of text are cut to
+    ``most_characters``.
+    """
+    from megatron_xalign.data import blend as job
+    from megatron_xalign.data.tokenizer import Tokenizer
+
+    blend = job.build_blend(config)
+    audit = blend.audit(data_parallel_sizes)
+    samples = []
+    if num_samples:
+        tokenizer = Tokenizer.load(_required(config.data.tokenizer, "data.tokenizer"))
+        samples = job.readable_samples(blend, tokenizer.decode, num_samples, most_characters)
+    return audit, job.describe_audit(audit), samples
+
+
+def compare_series(config: RunConfig, fractions: Sequence[float]) -> dict[str, Any]:
+    """Build the mixtures of a series and prove that they differ in the parallel fraction only; return the report."""
+    from megatron_xalign.data import series
+
+    return series.compare_series(config, fractions)
+
+
+def train(config: RunConfig) -> Path:
+    """Train one model, or continue its training; return its run folder. Every process of the job calls it."""
+    from megatron_xalign import topology
+    from megatron_xalign.batch import CurrentBatch
+    from megatron_xalign.capture.observer import NeuronObserver
+    from megatron_xalign.data.blend import build_blend
+    from megatron_xalign.data.evaluation import build_evaluation
+    from megatron_xalign.data.tokenizer import Tokenizer
+    from megatron_xalign.formats.token_file import check_same_tokenizer
+    from megatron_xalign.training import checkpoint, loop
+    from megatron_xalign.training.forward import build_forward_only
+    from megatron_xalign.training.loading import batches_of
+    from megatron_xalign.training.model import build_model, padded_vocab_size
+    from megatron_xalign.training.optimizer import build_optimizer
+    from megatron_xalign.training.sizes import flops_per_token
+    from megatron_xalign.training.validation import ValidationObserver
+
+    tokenizer = Tokenizer.load(_required(config.data.tokenizer, "data.tokenizer"))
+    blend = build_blend(config)
+    for windows in blend.windows:
+        check_same_tokenizer(windows.file.manifest, tokenizer)
+    # With budget_rule=add the parallel text makes the run longer than asked.
+    training = dataclasses.replace(config.training, train_steps=blend.train_steps)
+    probe = _tokenized_probe(config.data, tokenizer) if config.capture else []
+    held_out = build_evaluation(config) if training.eval_interval_steps else None
+    with topology.start(config.parallel, config.seed) as ranks:
+        num_ids = _num_ids(config, tokenizer)
+        vocab_size = padded_vocab_size(num_ids, config.model.make_vocab_size_divisible_by, ranks.tensor_size)
+        run = RunFolder(Path(config.output_dir))
+        if ranks.rank == 0:
+            layout = {
+                "world_size": ranks.world_size, "tensor_size": ranks.tensor_size,
+                "pipeline_size": ranks.pipeline_size, "data_size": ranks.data_size,
+            }
+            facts = {
+                "padded_vocab_size": vocab_size, "train_steps": blend.train_steps,
+                "unigram_entropy": blend.unigram_entropy(),
+            }
+            start_run(config, command_line(), layout, facts)
+            write_json(run.audit_path, blend.audit([ranks.data_size]))
+        ranks.barrier()
+        model_chunks = build_model(
+            config.model, padded_vocab_size=vocab_size, seq_length=config.data.seq_length, parallel=config.parallel,
+            params_dtype=config.training.params_dtype, recompute=config.training.recompute, ranks=ranks,
+            seed=config.seed, vocab_size=num_ids,
+        )
+        newest = checkpoint.latest_checkpoint(run.checkpoints, ranks)
+        if newest is None and config.training.load_weights is not None:
+            # Before the optimizer is built, which copies them to its main weights.
+            checkpoint.load_weights(config.training.load_weights, model_chunks, ranks)
+            log.info("weights of %s.", config.training.load_weights)
+        optimizer = build_optimizer(
+            model_chunks, config.optimizer, parallel=config.parallel, params_dtype=config.training.params_dtype,
+            train_steps=blend.train_steps,
+        )
+        start_step, loss_state = 0, None
+        if newest is not None:
+            loaded = checkpoint.load_checkpoint(
+                newest, model_chunks, optimizer.megatron, optimizer.scheduler, ranks
+            )
+            start_step, loss_state = loaded["step"], loaded["extra"]["loss_sums"]
+            log.info("continuing from %s.", newest)
+        current_batch = CurrentBatch()
+        forward_only = build_forward_only(model_chunks, ranks, current_batch)
+        observers: list[loop.Observer] = []
+        if held_out is not None:
+            # Before capture, which must not listen to it.
+            observers.append(
+                ValidationObserver(
+                    held_out, training, seq_length=config.data.seq_length, ranks=ranks, forward_only=forward_only,
+                    languages=held_out.languages, source_names=held_out.source_names, path=run.validation_path,
+                    start_step=start_step,
+                )
+            )
+        if config.capture:
+            neurons = NeuronObserver(
+                dataclasses.replace(config, training=training), model_chunks=model_chunks, ranks=ranks,
+                current_batch=current_batch, forward_only=forward_only, probe=probe, languages=blend.languages,
+                eod_id=tokenizer.eod,
+            )
+            if newest is not None:
+                state = checkpoint.load_observer_state(newest, neurons.name, neurons.parts_of, ranks)
+                if state is not None:
+                    neurons.restore(state)
+            observers.append(neurons)
+
+        def save(step: int, loss_sums: loop.LossState, states: dict[str, topology.ObserverState]) -> Path:
+            path = checkpoint.save_checkpoint(
+                run.checkpoints, step, model_chunks, optimizer.megatron, optimizer.scheduler, ranks,
+                {
+                    "config": to_tree(config), "vocab_size": num_ids,
+                    "tokenizer_sha256": tokenizer.sha256, "consumed_samples": step * config.training.global_batch_size,
+                    "loss_sums": loss_sums,
+                },
+                states,
+            )
+            if config.training.keep_checkpoints and ranks.rank == 0:
+                checkpoint.prune(run.checkpoints, config.training.keep_checkpoints)
+            return path
+
+        with batches_of(
+            blend, loop.micro_batches(start_step, training, ranks), num_workers=config.data.num_workers,
+            prefetch_factor=config.data.prefetch_factor, pin_memory=ranks.device.type == "cuda",
+        ) as get_batch:
+            loop.fit(
+                model_chunks, optimizer, get_batch, training, ranks, metrics_path=run.metrics_path, save=save,
+                languages=blend.languages, source_names=blend.source_names,
+                parallel_sources=[item.text.name for item in blend.plan.sources if item.text.origin == "parallel"],
+                flops_per_token=flops_per_token(config.model, vocab_size, config.data.seq_length),
+                observers=observers, current_batch=current_batch, start_step=start_step, loss_state=loss_state,
+            )
+    return run.path
+
+
+def is_trained(config: RunConfig) -> bool:
+    """Whether a run's folder holds a whole checkpoint of its last step; the folder must not hold another run.
+
+    Raises:
+        ConfigError: the folder holds a run with other settings.
+    """
+    from megatron_xalign.formats import checkpoint_folder
+
+    run = RunFolder(Path(config.output_dir))
+    if not run.config_path.is_file():
+        return False
+    check_same_run(run, config)
+    newest = checkpoint_folder.latest_checkpoint(run.checkpoints)
+    return newest == checkpoint_folder.step_folder(run.checkpoints, run.train_steps())
+
+
+def describe_run(config: RunConfig, processes: int | None) -> str:
+    """What a training run would be: the resolved config, the model's size, memory by stage and the mixture table."""
+    from megatron_xalign import terminal
+    from megatron_xalign.data.tokenizer import Tokenizer
+    from megatron_xalign.training.model import padded_vocab_size
+    from megatron_xalign.training.sizes import flops_per_token, memory_by_stage, num_parameters
+
+    _, table, _ = audit_blend(config)
+    layout, training = config.parallel, config.training
+    tokenizer = Tokenizer.load(_required(config.data.tokenizer, "data.tokenizer"))
+    num_ids = _num_ids(config, tokenizer)
+    rows = padded_vocab_size(
+        num_ids, config.model.make_vocab_size_divisible_by, layout.tensor_model_parallel_size
+    )
+    data_size = max((processes or layout.model_parallel_size) // layout.model_parallel_size, 1)
+    memory = memory_by_stage(
+        config.model, layout, padded_vocab_size=rows, seq_length=config.data.seq_length,
+        micro_batch_size=training.micro_batch_size,
+        num_microbatches=max(training.global_batch_size // (training.micro_batch_size * data_size), 1),
+        params_dtype=training.params_dtype, recompute=training.recompute, data_size=data_size,
+    )
+    flops = flops_per_token(config.model, rows, config.data.seq_length)
+    return (
+        f"{to_yaml(config)}\n"
+        f"{num_parameters(config.model, rows):,} parameters ({rows:,} rows of vocabulary, {num_ids:,} "
+        f"used); {flops / 1e9:.3g} GFLOP for each token, {flops * config.train_tokens / 1e15:.3g} PFLOP in all\n"
+        f"{config.train_tokens:,} tokens in {training.train_steps:,} steps; "
+        f"TP{layout.tensor_model_parallel_size} PP{layout.pipeline_model_parallel_size} on "
+        f"{processes or 'as many as torchrun starts'} process(es), DP{data_size} assumed\n\n"
+        f"{terminal.describe_memory(memory)}\n\n{table}"
+    )
+
+
+def _num_ids(config: RunConfig, tokenizer: Any) -> int:
+    """Ids of the model; an imported one may have more than its tokenizer."""
+    stated = config.model.vocab_size
+    if stated is not None and stated < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={stated} is less than the {tokenizer.vocab_size} ids of {config.data.tokenizer}; leave "
+            "it out, or use the model's own tokenizer."
+        )
+    return int(tokenizer.vocab_size if stated is None else stated)
+
+
+def _required(path: str, setting: str) -> Path:
+    if not path:
+        raise ConfigError(f"{setting} is not set.")
+    return Path(path)
+
+
+def _tokenized_probe(data: DataConfig, tokenizer: Any) -> list[Any]:
+    """Both sides of every probe pair as token ids; empty if the run has no probe."""
+    from megatron_xalign.capture.probe import ProbeSentence
+    from megatron_xalign.data.documents import read_probe
+
+    if data.probe is None:
+        return []
+    sentences = [(pair.id, language, text) for pair in read_probe(data.probe) for language, text in pair.texts.items()]
+    if not sentences:
+        raise CorpusError(f"data.probe={data.probe} holds no pair; leave it out, or give held-out translations.")
+    encoded = tokenizer.encode([text for _, _, text in sentences])
+    return [
+        ProbeSentence(pair_id=pair, language=language, tokens=tokens, num_bytes=len(text.encode("utf-8")))
+        for (pair, language, text), tokens in zip(sentences, encoded, strict=True)
+    ]
