@@ -29,7 +29,7 @@ from typing import Any
 import psutil
 
 from megatron_xalign import signals
-from megatron_xalign.errors import ConfigError, StoppedEarly, WorkerError, XAlignError
+from megatron_xalign.errors import ConfigError, StoppedEarly, StuckError, WorkerError, XAlignError
 from megatron_xalign.formats.atomic import read_json, write_json
 
 STOPPED_EARLY = 75
@@ -131,6 +131,11 @@ def _launch_config(processes: int, master_port: int | None, max_restarts: int, n
     wanted = {"signals_to_handle": "SIGINT,SIGHUP,SIGQUIT", "shutdown_timeout": _PATIENCE_SECONDS}
     known = {item.name for item in dataclasses.fields(LaunchConfig)}
     options: dict[str, Any] = {name: value for name, value in wanted.items() if name in known}
+    if nodes.count > 1 and "SLURM_NODEID" in os.environ:
+        # Which machine is meant by the endpoint, and how others call this one: names that a node gives itself often
+        # mean nothing to its neighbours.
+        options["rdzv_configs"] = {"is_host": os.environ["SLURM_NODEID"] == "0"}
+        options["local_addr"] = os.environ.get("SLURMD_NODENAME")
     return LaunchConfig(
         min_nodes=nodes.count, max_nodes=nodes.count, nproc_per_node=processes,
         run_id=nodes.job_id or f"xalign-{os.getpid()}", rdzv_backend="c10d",
@@ -211,12 +216,21 @@ def report_failure(error: BaseException) -> None:
             Path(folder) / f"{_attempt()}-rank-{os.environ['RANK']}.json",
             {
                 "time": time.time(), "text": text, "expected": expected, "follows": follows,
-                "again": isinstance(error, WorkerError) or not expected,
+                "again": isinstance(error, (WorkerError, StuckError)) or not expected,
             },
         )
         if follows or not expected:
             # A peer that was killed may be noticed here before the agent has seen it end; let it be seen first.
             time.sleep(_GRACE_SECONDS)
+
+
+def end_stuck_job(text: str) -> None:
+    """End this process, and with it a job that hangs, from any thread; ``text`` is the cause."""
+    error = StuckError(text)
+    report_failure(error)
+    if not in_worker():
+        print(f"xalign: error: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def report_stop(text: str) -> None:
