@@ -151,7 +151,7 @@ class _Shell:
             elif char == '"':
                 self._at, is_quoted = self._at + 1, True
                 while self._at < len(self._text) and self._text[self._at] != '"':
-                    if self._text[self._at] == "\\" and self._text[self._at + 1 : self._at + 2] in ('"', "\\", "$", "`"):
+                    if re.match(r'\\["\\$`]', self._text[self._at : self._at + 2]):
                         fields[-1] += self._text[self._at + 1]
                         self._at += 2
                     elif self._text[self._at] in "$`":
@@ -229,7 +229,7 @@ class _Shell:
             if value is None or (not value and match[2].startswith(":")):
                 # The default may be made of variables itself.
                 value = " ".join(word for words in commands_of(f'x "{match[3]}"', self._values) for word in words[1:])
-                value = match[3].strip("\"'") if not value else value
+                value = value or match[3].strip("\"'")
                 if "=" in match[2]:
                     self._values[match[1]] = value
             return [value]

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_xalign.cli.arguments import add_config, fraction_list, natural, positive, verb
+from megatron_xalign.cli.arguments import add_config, fraction_list, natural, positive, print_json, verb
+from megatron_xalign.errors import ConfigError
 
 _LAUNCH_EXAMPLES = """
 examples:
@@ -18,8 +19,23 @@ examples:
 """
 
 
+_IMPORT_EXAMPLES = """
+examples:
+  xalign import-args train_llama.sh --out run.yaml
+  xalign import-args train.sh --env CHECKPOINT_PATH=/data/run --env TOKENIZER=/data/tok
+  xalign import-args --table                                the flags it knows, as in docs/megatron-lm-flags.md
+
+The script is read and never run. What is not carried over stands at the top of the YAML, with the reason.
+"""
+
+
 def add_verbs(verbs: Any) -> None:
     """Add the verbs of this file to the parser of ``xalign``."""
+    _add_launch(verbs)
+    _add_import(verbs)
+
+
+def _add_launch(verbs: Any) -> None:
     parser = verb(verbs, "launch", "run a training job under Slurm or here", _launch, _LAUNCH_EXAMPLES)
     places = parser.add_subparsers(dest="place", metavar="PLACE", required=True)
     slurm = places.add_parser(
@@ -114,3 +130,49 @@ def _show(scripts: dict[Path, str], folder: Path | None) -> None:
         else:
             write_text(path, script)
             print(path)
+
+
+def _add_import(verbs: Any) -> None:
+    parser = verb(
+        verbs, "import-args", "turn a Megatron-LM launch script into our YAML, naming what it does not carry",
+        _import, _IMPORT_EXAMPLES,
+    )
+    parser.add_argument("script", type=Path, nargs="?", default=None, help="bash script that starts pretrain_gpt.py")
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", type=_variable,
+        help="a variable the script takes from outside; may be given again",
+    )
+    parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="write it there instead of printing it")
+    parser.add_argument("--json", action="store_true", help="print settings and what is not carried as JSON")
+    parser.add_argument("--table", action="store_true", help="print the table of flags and settings")
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return name, value
+
+
+def _import(options: argparse.Namespace) -> int:
+    from megatron_xalign import megatron_flags
+    from megatron_xalign.formats.atomic import write_text
+
+    if options.table:
+        print(megatron_flags.flag_table(), end="")
+        return 0
+    if options.script is None:
+        raise ConfigError("name a launch script, or give --table.")
+    translation = megatron_flags.translate(megatron_flags.read_script(options.script), dict(options.env))
+    if options.json:
+        print_json({"settings": translation.tree, "left": translation.left, "processes": translation.processes})
+        return 0
+    text = translation.to_yaml(options.script.name)
+    if options.out is None:
+        print(text, end="")
+        return 0
+    write_text(options.out, text)
+    print(f"{options.out}; not carried over:")
+    for line in translation.left:
+        print(f"  {line}")
+    return 0

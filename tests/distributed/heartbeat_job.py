@@ -22,16 +22,16 @@ def stand_still(folder: str, how: str) -> None:
         Path(folder, "said.new").replace(Path(folder, "said"))
         os._exit(3)
 
-    with topology.start(ParallelConfig(distributed_timeout_seconds=600), seed=1) as ranks:
-        with Heartbeat(ranks, 6.0, 0.5, end) as heartbeat:
-            for step in range(3):
-                heartbeat.at(step, "reading samples")
-                if step == 2 and ranks.rank == 1:
-                    if how == "stopped":
-                        os.kill(os.getpid(), signal.SIGSTOP)
-                    time.sleep(600)
-                heartbeat.at(step, "in forward and backward passes")
-                ranks.sum_over(torch.ones(3), "world")
+    parallel = ParallelConfig(distributed_timeout_seconds=600)
+    with topology.start(parallel, seed=1) as ranks, Heartbeat(ranks, 6.0, 0.5, end) as heartbeat:
+        for step in range(3):
+            heartbeat.at(step, "reading samples")
+            if step == 2 and ranks.rank == 1:
+                if how == "stopped":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                time.sleep(600)
+            heartbeat.at(step, "in forward and backward passes")
+            ranks.sum_over(torch.ones(3), "world")
 
 
 def go_on(folder: str) -> int:
