@@ -40,6 +40,8 @@ class LocalPart:
     """Axis that is divided over tensor-parallel ranks; None if each holds all of it."""
     pipeline_axis: int | None = None
     """Axis that is divided over pipeline stages; None if each holds all of it."""
+    of_stage: bool = False
+    """Whether this pipeline stage alone has an array of this name, such as the sums of one of its layers."""
 
 
 ObserverState = tuple[dict[str, Any], dict[str, LocalPart]]
