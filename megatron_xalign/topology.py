@@ -142,6 +142,14 @@ class Ranks:
             dist.barrier()
 
 
+def alone(device: torch.device) -> Ranks:
+    """The only process of its job, for models that do not need Megatron; nothing is started."""
+    return Ranks(
+        rank=0, world_size=1, tensor_rank=0, tensor_size=1, pipeline_rank=0, pipeline_size=1, data_rank=0, data_size=1,
+        device=device,
+    )
+
+
 @contextmanager
 def start(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
     """Join this process to its job, lay the job out and seed it; leave it again at the end of the block.

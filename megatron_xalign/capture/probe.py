@@ -1,8 +1,8 @@
 """Held-out sentences through the model as it is now: one mean vector per sentence, layer and tensor, and its loss.
 
 A sentence is read as a document of its own: the end-of-document token in front of it, as in training, where every
-document follows one; then its tokens, which alone are counted. Rows are padded on the right, where a causal model
-cannot see the padding from the sentence.
+document follows one; then its tokens, which alone are counted. Models trained elsewhere may want another token there,
+or none. Rows are padded on the right, where a causal model cannot see the padding from the sentence.
 """
 
 # D documents (sentences), B sentences of one batch, S padded length, T tokens in the order of [S, B]
@@ -77,24 +77,28 @@ def probe_sha256(sentences: Sequence[ProbeSentence]) -> str:
 def build_probe_batches(
     sentences: Sequence[ProbeSentence],
     languages: Sequence[str],
-    eod_id: int,
+    eod_id: int | None,
     batch_tokens: int,
     max_length: int,
     multiple_of: int = 1,
+    limit: str = "data.seq_length",
 ) -> list[ProbeBatch]:
     """Pad sentences into batches, shortest first, so that little of the work is padding.
 
     Args:
         sentences: the probe.
         languages: codes that language ids index.
-        eod_id: end-of-document token, put in front of each sentence.
+        eod_id: end-of-document token, put in front of each sentence; None puts nothing there, and the loss of a
+            sentence then is without its first token.
         batch_tokens: padded tokens of one batch at most (one sentence is always taken).
         max_length: longest sequence the model is trained on.
         multiple_of: what the padded length must be a multiple of.
+        limit: the setting that ``max_length`` comes from, for the message.
 
     Raises:
         CorpusError: a sentence is empty, too long for the model, or of an unknown language.
     """
+    lead = 0 if eod_id is None else 1
     for sentence in sentences:
         if sentence.language not in languages:
             raise CorpusError(
@@ -103,11 +107,11 @@ def build_probe_batches(
             )
         if len(sentence.tokens) == 0:
             raise CorpusError(f"probe sentence {sentence.pair_id!r} in {sentence.language} has no tokens; remove it.")
-        if len(sentence.tokens) + 1 > max_length:
+        if len(sentence.tokens) + lead > max_length:
             raise CorpusError(
-                f"probe sentence {sentence.pair_id!r} in {sentence.language} has {len(sentence.tokens)} tokens; with "
-                f"an end-of-document token in front, data.seq_length={max_length} allows {max_length - 1}. Remove "
-                "or shorten it."
+                f"probe sentence {sentence.pair_id!r} in {sentence.language} has {len(sentence.tokens)} tokens; "
+                f"{'with an end-of-document token in front, ' * lead}{limit}={max_length} allows "
+                f"{max_length - lead}. Remove or shorten it."
             )
     # A multiple of 8 whatever the layout: batches, and with them the results, are the same at any tensor-parallel size.
     multiple_of = math.lcm(8, multiple_of)
@@ -115,7 +119,7 @@ def build_probe_batches(
     batches: list[ProbeBatch] = []
     group: list[int] = []
     for row in order:
-        length = _padded(len(sentences[row].tokens) + 1, multiple_of)
+        length = _padded(len(sentences[row].tokens) + lead, multiple_of)
         if group and (len(group) + 1) * length > batch_tokens:
             batches.append(_pad(group, sentences, languages, eod_id, multiple_of))
             group = []
@@ -130,21 +134,26 @@ def _padded(length: int, multiple_of: int) -> int:
 
 
 def _pad(
-    rows: Sequence[int], sentences: Sequence[ProbeSentence], languages: Sequence[str], eod_id: int, multiple_of: int
+    rows: Sequence[int], sentences: Sequence[ProbeSentence], languages: Sequence[str], eod_id: int | None,
+    multiple_of: int,
 ) -> ProbeBatch:
-    length = _padded(max(len(sentences[row].tokens) for row in rows) + 1, multiple_of)
+    # Padding is never counted, so any token will do.
+    lead, filler = (0, 0) if eod_id is None else (1, eod_id)
+    length = _padded(max(len(sentences[row].tokens) for row in rows) + lead, multiple_of)
     shape = (len(rows), length)
-    tokens, labels = np.full(shape, eod_id, np.int64), np.full(shape, eod_id, np.int64)
+    tokens, labels = np.full(shape, filler, np.int64), np.full(shape, filler, np.int64)
     loss_mask = np.zeros(shape, np.float32)
     language_ids, label_language_ids = np.full(shape, NO_LANGUAGE, np.int8), np.full(shape, NO_LANGUAGE, np.int8)
     for sample, row in enumerate(rows):
         count = len(sentences[row].tokens)
         language = languages.index(sentences[row].language)
-        tokens[sample, 1 : count + 1] = sentences[row].tokens
-        labels[sample, :count] = sentences[row].tokens
-        loss_mask[sample, :count] = 1.0
-        language_ids[sample, 1 : count + 1] = language
-        label_language_ids[sample, :count] = language
+        tokens[sample, lead : lead + count] = sentences[row].tokens
+        language_ids[sample, lead : lead + count] = language
+        # The label at a position is the token read at the next one.
+        predicted = count - 1 + lead
+        labels[sample, :predicted] = tokens[sample, 1 : predicted + 1]
+        loss_mask[sample, :predicted] = 1.0
+        label_language_ids[sample, :predicted] = language
     batch = Batch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),

@@ -3,10 +3,12 @@
     job.py FOLDER SCENARIO_JSON...
 
 A scenario is ``{"name", "tensor", "pipeline", "sequence_parallel", "recompute", "micro_batch", "capture", "naive",
-"resume_at", "stop_at", "checkpoint"}``; each leaves ``FOLDER/NAME/`` with the run's ``neurons/`` and, of the first
-process, ``outcome.npz``. ``stop_at`` ends a run in the middle of a window with a checkpoint in ``FOLDER/CHECKPOINT``,
-and a run with ``checkpoint`` and no ``stop_at`` goes on from there, on any layout. ``naive`` collects raw activations
-with hooks of its own, the oracle of the others.
+"resume_at", "stop_at", "checkpoint", "layers", "on_error", "fail", "intervene"}``; each leaves ``FOLDER/NAME/`` with
+the run's ``neurons/`` and, of the first process, ``outcome.npz``. ``stop_at`` ends a run in the middle of a window with
+a checkpoint in ``FOLDER/CHECKPOINT``, and a run with ``checkpoint`` and no ``stop_at`` goes on from there, on any
+layout. ``fail`` makes capture fail in one process, in a hook or in writing. ``intervene`` leaves losses of the trained
+model with neurons and residual stream changed, in ``intervened.npz`` of the process that has the losses. ``naive``
+collects raw activations with hooks of its own, the oracle of the others.
 """
 
 from __future__ import annotations
@@ -76,7 +78,10 @@ def configure(folder: Path, scenario: dict[str, Any]) -> RunConfig:
                 "recompute": scenario.get("recompute", "none"), "save_interval_steps": 2,
             },
             # Files at steps 0, 2 and 3: the interval and the last step.
-            "capture": {"probe_interval_steps": 2, "probe_batch_tokens": 48},
+            "capture": {
+                "probe_interval_steps": 2, "probe_batch_tokens": 48, "stream_residual": True, "stream_attention": True,
+                "layers": scenario.get("layers"), "on_error": scenario.get("on_error", "stop"),
+            },
         },
     )
 
@@ -92,6 +97,7 @@ class Naive:
         for layer in inner.decoder.layers:
             number = layer.layer_number - 1
             self.watch(layer.mlp.linear_fc1, f"fc1_{number}")
+            self.watch(layer.self_attention, f"attention{number}")
             layer.mlp.linear_fc2.register_forward_pre_hook(
                 lambda module, args, name=f"act{number}": self.keep(name, args[0])
             )
@@ -140,6 +146,62 @@ class Naive:
             self.outcome[f"probe{step}_{name}"] = np.concatenate(without_eod)
 
 
+def break_capture(observer: NeuronObserver, ranks: topology.Ranks, where: str | None) -> None:
+    """Let one process fail after the first step: in the hook of its last layer, or when it writes its shard."""
+    if ranks.rank != ranks.world_size - 1 or where is None:
+        return
+    if where == "hook":
+        take = observer._sums.take_neurons
+
+        def fail(row: int, *arguments: Any) -> None:
+            take(row, *arguments)
+            raise ArithmeticError("made to fail in a hook")
+
+        observer._sums.take_neurons = fail
+    else:
+        from megatron_xalign.capture import writing
+
+        def fail_to_write(*arguments: Any) -> None:
+            raise OSError("made to fail in writing")
+
+        if observer._ranks.data_rank == 0:
+            writing.write_shard = fail_to_write
+
+
+def intervene(chunks: Any, ranks: topology.Ranks, forward_only: Any, folder: Path) -> None:
+    from contextlib import ExitStack
+
+    from megatron_xalign.capture import interventions
+    from megatron_xalign.capture.hook_points import megatron_points
+
+    points, batch = megatron_points(chunks, ranks), collate([sample(number) for number in range(4)])
+    vector = np.random.default_rng(9).normal(size=HIDDEN).astype(np.float32)
+    # Neurons on both tensor-parallel ranks, layers on both stages.
+    neurons = {0: [1, FFN - 1, 30], 1: list(range(0, FFN, 5))}
+    cases = {
+        "plain": [],
+        "zero": [interventions.zero_neurons(points, neurons)],
+        "scale": [interventions.scale_neurons(points, neurons, -3.0)],
+        "clamp": [interventions.clamp_neurons(points, neurons, 0.5, 0.5)],
+        "add": [interventions.add_to_residual(points, {-1: vector, 0: -2 * vector, 1: vector}, 0.5)],
+        "add and keep": [interventions.add_to_residual(points, {0: vector}, 2.0, keep_norm=True)],
+        "both": [
+            interventions.zero_neurons(points, neurons), interventions.add_to_residual(points, {0: vector}),
+        ],
+        "plain again": [],
+    }
+    found = {}
+    for name, blocks in cases.items():
+        with ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(block)
+            losses = forward_only([batch])
+        if losses is not None:
+            found[name] = losses[0].numpy()
+    if found and ranks.tensor_rank == 0 and ranks.data_rank == 0:
+        np.savez(folder / "intervened.npz", **found)
+
+
 def run(config: RunConfig, ranks: topology.Ranks, scenario: dict[str, Any]) -> None:
     from megatron_xalign.training import checkpoint
     from megatron_xalign.training.forward import build_forward_only
@@ -185,6 +247,7 @@ def run(config: RunConfig, ranks: topology.Ranks, scenario: dict[str, Any]) -> N
                 watcher.restore(checkpoint.load_observer_state(newest, watcher.name, watcher.parts_of, ranks))
             elif start_step:
                 observers[0].restore(states["neurons"])
+            break_capture(observers[0], ranks, scenario.get("fail"))
         if scenario.get("naive"):
             observers.append(Naive(chunks[0], outcome))
         line = fit(
@@ -206,6 +269,8 @@ def run(config: RunConfig, ranks: topology.Ranks, scenario: dict[str, Any]) -> N
         if resume_at:
             fit_until(0, resume_at)
         fit_until(resume_at, STEPS)
+    if scenario.get("intervene"):
+        intervene(chunks, ranks, build_forward_only(chunks, ranks, current), folder)
     outcome["hooks"] = np.array(
         sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for chunk in chunks for m in chunk.modules())
     )
