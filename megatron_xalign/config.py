@@ -415,12 +415,15 @@ class CaptureConfig:
     """Whether the stream also sums the residual stream, per language and coordinate."""
     stream_attention: bool = False
     """Whether it also sums what attention adds to the residual stream."""
+    score_pairs: int = 512
+    """Probe pairs that scores (``scores.jsonl``) are computed on at every probe; 0: no scores."""
     on_error: Literal["stop", "disable"] = "stop"
     """What becomes of the run when capture fails: it stops, or goes on without capture and says so in its log."""
 
     def __post_init__(self) -> None:
         for name in ("probe_interval_steps", "probe_batch_tokens", "stream_interval_steps"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
+        _require(self.score_pairs >= 0, f"score_pairs={self.score_pairs} is negative; 0 computes no scores.")
         if self.layers is not None:
             _require(
                 bool(self.layers) and min(self.layers) >= 0 and list(self.layers) == sorted(set(self.layers)),

@@ -9,7 +9,7 @@ for checkpoints: the sums since the last probe.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from megatron_xalign.capture.probe import (
     COUNTED_TOKENS,
     POOLING,
     ForwardOnly,
+    ProbeResult,
     ProbeSentence,
     build_probe_batches,
     probe_arrays,
@@ -31,6 +32,7 @@ from megatron_xalign.capture.probe import (
     run_probe,
 )
 from megatron_xalign.capture.recorder import Recorder
+from megatron_xalign.capture.scores import ScoreFunctions, append_scores, score_probe
 from megatron_xalign.capture.writing import agree, error_of, holds_totals, residual_columns, write_statistics
 from megatron_xalign.config import RunConfig
 from megatron_xalign.errors import CheckpointError, ConfigError
@@ -59,6 +61,7 @@ class NeuronObserver:
         probe: tokenised held-out sentences; none turns the probe off.
         languages: codes that language ids of batches index.
         eod_id: end-of-document token.
+        score: the measures to log at every probe; None logs none.
 
     Raises:
         ConfigError: nothing is to be captured, or the model has a setting under which it could not be exact.
@@ -76,6 +79,7 @@ class NeuronObserver:
         probe: Sequence[ProbeSentence],
         languages: Sequence[str],
         eod_id: int,
+        score: ScoreFunctions | None = None,
     ) -> None:
         if config.capture is None:
             raise ValueError("config.capture is None: there is nothing to observe.")
@@ -107,6 +111,8 @@ class NeuronObserver:
                 self._capture.stream_attention,
             )
         self._disabled = False
+        self._score = score if probe and self._capture.score_pairs else None
+        self._scores: dict[str, Any] = {}
         self._window_first: int | None = None
         self._micro_batches = config.training.global_batch_size // (
             config.training.micro_batch_size * ranks.data_size
@@ -198,6 +204,9 @@ class NeuronObserver:
             if step % self._capture.probe_interval_steps == 0 or step == self._config.training.train_steps:
                 self._write(step)
                 self._window_first = None
+                if self._scores and isinstance(metrics, MutableMapping):
+                    # For observers that hear of this step later: the first in the run's list is the last.
+                    metrics["scores"] = self._scores
 
     def after_save(self, step: int, path: Path) -> None:
         """Nothing: what is captured travels in the checkpoint."""
@@ -228,6 +237,7 @@ class NeuronObserver:
             result = run_probe(
                 self._recorder, self._forward_only, self._batches, len(self._probe), len(self._languages), self._ranks
             )
+            self._log_scores(step, result)
             arrays |= probe_arrays(result, self._probe, self._languages, self._recorder, self._ranks)
         with_stream = self._sums is not None and self._window_first is not None
         if with_stream:
@@ -258,6 +268,18 @@ class NeuronObserver:
         folder = stats_folder(self._config.output_dir, step)
         return write_statistics(folder, index, arrays, self._recorder, self._ranks)
 
+    def _log_scores(self, step: int, result: ProbeResult) -> None:
+        if self._score is None:
+            return
+        captured = self._capture.layers or range(self._recorder.num_layers)
+        self._scores = score_probe(
+            result, self._probe, self._languages, self._recorder, captured, self._ranks, self._score,
+            self._capture.score_pairs,
+        )
+        if self._scores and self._ranks.rank == 0:
+            tokens = step * self._config.training.global_batch_size * self._config.data.seq_length
+            append_scores(self._config.output_dir, {"step": step, "consumed_tokens": tokens, **self._scores})
+
     def _stream_arrays(self) -> dict[str, np.ndarray]:
         totals = self._totals()
         arrays = {f"stream_{name}": totals[name] for name in _SUMS}
@@ -280,7 +302,8 @@ class NeuronObserver:
         }
         totals["max_KLF"] = torch.stack(ranks.gather_over(sums.max_KLF, "data")).amax(0)
         if self._recorder.sequence_parallel:
-            for name in set(_HIDDEN_SUMS) & set(totals):
+            # In one order on all processes, as collectives must be.
+            for name in (name for name in _HIDDEN_SUMS if name in totals):
                 totals[name] = ranks.sum_over(totals[name], "tensor")
         return totals
 

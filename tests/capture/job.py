@@ -27,6 +27,7 @@ from megatron_xalign.batch import CurrentBatch, collate
 from megatron_xalign.capture.observer import NeuronObserver
 from megatron_xalign.capture.probe import ProbeSentence
 from megatron_xalign.config import RunConfig, from_tree
+from megatron_xalign.workflows.training import _score_functions
 
 LANGUAGES = ("eng_Latn", "fin_Latn")
 LAYERS, HIDDEN, FFN, VOCAB, LENGTH, GLOBAL_BATCH, STEPS, EOD = 2, 32, 48, 64, 16, 8, 3, 0
@@ -238,7 +239,7 @@ def run(config: RunConfig, ranks: topology.Ranks, scenario: dict[str, Any]) -> N
             observers.append(
                 NeuronObserver(
                     config, model_chunks=chunks, ranks=ranks, current_batch=current, forward_only=forward_only,
-                    probe=probe(), languages=LANGUAGES, eod_id=EOD,
+                    probe=probe(), languages=LANGUAGES, eod_id=EOD, score=_score_functions(),
                 )
             )
             if start_step and "checkpoint" in scenario:

@@ -287,7 +287,7 @@ def test_interventions_are_the_same_under_every_layout_and_leave_nothing_behind(
     one = intervened(alone / "whole")
     changed = [name for name in one if not name.startswith("plain")]
     for name in changed:
-        assert np.abs(one[name] - one["plain"]).max() > 1e-2, name
+        assert np.abs(one[name] - one["plain"]).max() > 1e-3, name
     assert len({one[name].tobytes() for name in changed}) == len(changed)
     np.testing.assert_array_equal(one["plain"], one["plain again"])
     runs = [two / "tensor parallel", two / "sequence parallel, recompute", two / "pipeline"]
@@ -295,4 +295,22 @@ def test_interventions_are_the_same_under_every_layout_and_leave_nothing_behind(
         other = intervened(run)
         assert other.keys() == one.keys()
         for name, losses in one.items():
-            np.testing.assert_allclose(other[name], losses, rtol=2e-5, atol=2e-5, err_msg=f"{run.name}: {name}")
+            np.testing.assert_allclose(other[name], losses, rtol=1e-5, atol=1e-5, err_msg=f"{run.name}: {name}")
+
+
+@pytest.mark.parametrize("name", ["tensor parallel", "sequence parallel, recompute", "pipeline", "data parallel"])
+def test_scores_in_the_log_are_the_same_under_every_layout(alone: Path, two: Path, name: str) -> None:
+    def scores_of(run: Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
+
+    one, other = scores_of(alone / "whole"), scores_of(two / name)
+    assert [line["step"] for line in one] == [0, 2, 3]
+    for ours, theirs in zip(other, one, strict=True):
+        assert ours.keys() == theirs.keys()
+        for language in ("eng_Latn", "fin_Latn"):
+            counts = [line["ap_count_0.9"][language]["layers"] for line in (ours, theirs)]
+            # Of 10 sentences two may rank the other way round where their means are within rounding.
+            assert np.abs(np.subtract(*counts)).sum() <= 1 and np.sum(counts[1]) > 0
+        gaps = [line["cosine_gap"]["eng_Latn-fin_Latn"]["layers"] for line in (ours, theirs)]
+        np.testing.assert_allclose(*gaps, atol=1e-5)
+        assert ours["retrieval"] == theirs["retrieval"] and ours["lape_count"] == theirs["lape_count"]
