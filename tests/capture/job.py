@@ -3,10 +3,12 @@
     job.py FOLDER SCENARIO_JSON...
 
 A scenario is ``{"name", "tensor", "pipeline", "sequence_parallel", "recompute", "micro_batch", "capture", "naive",
-"resume_at", "stop_at", "checkpoint", "layers", "on_error", "fail", "intervene"}``; each leaves ``FOLDER/NAME/`` with
+"resume_at", "stop_at", "checkpoint", "layers", "on_error", "fail", "intervene", "durable", "kill"}``; each leaves ``FOLDER/NAME/`` with
 the run's ``neurons/`` and, of the first process, ``outcome.npz``. ``stop_at`` ends a run in the middle of a window with
 a checkpoint in ``FOLDER/CHECKPOINT``, and a run with ``checkpoint`` and no ``stop_at`` goes on from there, on any
-layout. ``fail`` makes capture fail in one process, in a hook or in writing. ``intervene`` leaves losses of the trained
+layout. ``durable`` saves after every step and goes on from the newest checkpoint; ``kill`` ends it with SIGKILL in
+step 2: ``shard`` (half of the statistics written), ``statistics`` (all, no checkpoint yet) or ``checkpoint`` (both).
+``fail`` makes capture fail in one process, in a hook or in writing. ``intervene`` leaves losses of the trained
 model with neurons and residual stream changed, in ``intervened.npz`` of the process that has the losses. ``naive``
 collects raw activations with hooks of its own, the oracle of the others.
 """
@@ -15,6 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,7 +80,7 @@ def configure(folder: Path, scenario: dict[str, Any]) -> RunConfig:
             "data": {"seq_length": LENGTH},
             "training": {
                 "train_steps": STEPS, "global_batch_size": GLOBAL_BATCH, "micro_batch_size": scenario["micro_batch"],
-                "recompute": scenario.get("recompute", "none"), "save_interval_steps": 2,
+                "recompute": scenario.get("recompute", "none"), "save_interval_steps": 1 if scenario.get("durable") else 2,
             },
             # Files at steps 0, 2 and 3: the interval and the last step.
             "capture": {
@@ -169,6 +173,19 @@ def break_capture(observer: NeuronObserver, ranks: topology.Ranks, where: str | 
             writing.write_shard = fail_to_write
 
 
+def die_in_writing(step: int) -> None:
+    from megatron_xalign.capture import writing
+
+    finish = writing.finish_neuron_stats
+
+    def finish_or_die(folder: Path, index: Any, entries: Any) -> Path:
+        if index.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return finish(folder, index, entries)
+
+    writing.finish_neuron_stats = finish_or_die
+
+
 def intervene(chunks: Any, ranks: topology.Ranks, forward_only: Any, folder: Path) -> None:
     from contextlib import ExitStack
 
@@ -225,12 +242,17 @@ def run(config: RunConfig, ranks: topology.Ranks, scenario: dict[str, Any]) -> N
 
     def save(step: int, sums: Any, observed: dict[str, topology.ObserverState]) -> Path:
         states.update(observed)
-        if "stop_at" not in scenario:
+        if "stop_at" not in scenario and not scenario.get("durable"):
             return folder
+        if step == 2 and scenario.get("kill") == "statistics":
+            os.kill(os.getpid(), signal.SIGKILL)
         extra = {"config": {}, "vocab_size": VOCAB, "tokenizer_sha256": "", "consumed_samples": 0}
-        return checkpoint.save_checkpoint(
+        path = checkpoint.save_checkpoint(
             checkpoints, step, chunks, optimizer.megatron, optimizer.scheduler, ranks, extra, observed
         )
+        if step == 2 and scenario.get("kill") == "checkpoint":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return path
 
     def fit_until(start_step: int, stop_step: int) -> None:
         observers: list[Any] = []
@@ -242,7 +264,7 @@ def run(config: RunConfig, ranks: topology.Ranks, scenario: dict[str, Any]) -> N
                     probe=probe(), languages=LANGUAGES, eod_id=EOD, score=_score_functions(),
                 )
             )
-            if start_step and "checkpoint" in scenario:
+            if start_step and ("checkpoint" in scenario or scenario.get("durable")):
                 watcher = observers[0]
                 newest = checkpoint.latest_checkpoint(checkpoints, ranks)
                 watcher.restore(checkpoint.load_observer_state(newest, watcher.name, watcher.parts_of, ranks))
@@ -262,6 +284,13 @@ def run(config: RunConfig, ranks: topology.Ranks, scenario: dict[str, Any]) -> N
     resume_at = scenario.get("resume_at", 0)
     if "stop_at" in scenario:
         fit_until(0, scenario["stop_at"])
+    elif scenario.get("durable"):
+        if scenario.get("kill") == "shard":
+            die_in_writing(step=2)
+        newest, start = checkpoint.latest_checkpoint(checkpoints, ranks), 0
+        if newest is not None:
+            start = checkpoint.load_checkpoint(newest, chunks, optimizer.megatron, optimizer.scheduler, ranks)["step"]
+        fit_until(start, STEPS)
     elif "checkpoint" in scenario:
         newest = checkpoint.latest_checkpoint(checkpoints, ranks)
         found = checkpoint.load_checkpoint(newest, chunks, optimizer.megatron, optimizer.scheduler, ranks)

@@ -137,7 +137,8 @@ def test_a_recorder_inside_the_block_sees_the_changed_neurons() -> None:
 
 def test_what_a_model_does_not_have_is_refused() -> None:
     points = megatron_points([Model()], ONE_PROCESS)
-    for neurons, message in (({3: [0]}, "layers 0 to 2, not 3"), ({0: [FFN]}, "which has 0 to 11"), ({0: [-1]}, "-1 to")):
+    wrong_neurons = (({3: [0]}, "layers 0 to 2, not 3"), ({0: [FFN]}, "which has 0 to 11"), ({0: [-1]}, "-1 to"))
+    for neurons, message in wrong_neurons:
         with pytest.raises(ValueError, match=message), zero_neurons(points, neurons):
             pass
     for vectors, message in (({-2: torch.ones(HIDDEN)}, "not -2"), ({0: torch.ones(HIDDEN + 1)}, "8 wide")):

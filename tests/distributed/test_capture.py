@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ WINDOWS = {2: (1, 2), 3: (3,)}
 Outcome = dict[str, np.ndarray]
 
 
-def run_job(folder: Path, processes: int, *scenarios: dict[str, Any]) -> None:
+def run_job(folder: Path, processes: int, *scenarios: dict[str, Any], expected: int = 0) -> None:
     command = [sys.executable, str(JOB)]
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -37,7 +38,7 @@ def run_job(folder: Path, processes: int, *scenarios: dict[str, Any]) -> None:
         [*command, str(folder), *map(json.dumps, scenarios)], env=environment, capture_output=True, text=True,
         timeout=500,
     )
-    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.returncode == expected, result.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,23 @@ def test_a_checkpoint_in_a_window_carries_its_sums(alone: Path) -> None:
     for step in (2, 3):
         uninterrupted, resumed = (stats_folder(alone / run, step) / shard for run in ("on", "continued"))
         assert uninterrupted.read_bytes() == resumed.read_bytes()
+
+
+def test_kills_between_statistics_and_checkpoint_count_nothing_twice(alone: Path, tmp_path: Path) -> None:
+    """One run, killed with its statistics half written, then with them written and no checkpoint, then with both."""
+    scenario = {"name": "killed", "micro_batch": 2, "durable": True}
+    for kill, steps in (("shard", [0]), ("statistics", [0, 2]), ("checkpoint", [0, 2])):
+        run_job(tmp_path, 1, scenario | {"kill": kill}, expected=-signal.SIGKILL)
+        assert [step for step, _ in list_neuron_stats(tmp_path / "killed")] == steps
+    run_job(tmp_path, 1, scenario)
+    for step in (0, 2, 3):
+        never, killed = (stats_folder(folder, step) for folder in (alone / "on", tmp_path / "killed"))
+        assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in never.iterdir())
+        shard = "shard-tp0-pp0.safetensors"
+        assert (never / shard).read_bytes() == (killed / shard).read_bytes()
+    scores = [(folder / "scores.jsonl").read_text() for folder in (alone / "on", tmp_path / "killed")]
+    assert scores[0] == scores[1]
+    assert not list((tmp_path / "killed" / "neurons").glob(".*"))
 
 
 def test_no_hook_is_left_after_training(alone: Path) -> None:
