@@ -3,8 +3,8 @@
     job.py FOLDER SCENARIO_JSON...
 
 A scenario is ``{"name", "tensor", "pipeline", "sequence_parallel", "recompute", "micro_batch", "capture", "naive",
-"resume_at", "stop_at", "checkpoint", "layers", "on_error", "fail", "intervene", "durable", "kill"}``; each leaves ``FOLDER/NAME/`` with
-the run's ``neurons/`` and, of the first process, ``outcome.npz``. ``stop_at`` ends a run in the middle of a window with
+"resume_at", "stop_at", "checkpoint", "layers", "on_error", "fail", "intervene", "durable", "kill"}``; each leaves
+``FOLDER/NAME/`` with the run's ``neurons/`` and, of the first process, ``outcome.npz``. ``stop_at`` ends a run in the middle of a window with
 a checkpoint in ``FOLDER/CHECKPOINT``, and a run with ``checkpoint`` and no ``stop_at`` goes on from there, on any
 layout. ``durable`` saves after every step and goes on from the newest checkpoint; ``kill`` ends it with SIGKILL in
 step 2: ``shard`` (half of the statistics written), ``statistics`` (all, no checkpoint yet) or ``checkpoint`` (both).
@@ -80,7 +80,8 @@ def configure(folder: Path, scenario: dict[str, Any]) -> RunConfig:
             "data": {"seq_length": LENGTH},
             "training": {
                 "train_steps": STEPS, "global_batch_size": GLOBAL_BATCH, "micro_batch_size": scenario["micro_batch"],
-                "recompute": scenario.get("recompute", "none"), "save_interval_steps": 1 if scenario.get("durable") else 2,
+                "recompute": scenario.get("recompute", "none"),
+                "save_interval_steps": 1 if scenario.get("durable") else 2,
             },
             # Files at steps 0, 2 and 3: the interval and the last step.
             "capture": {
