@@ -9,6 +9,7 @@ from megatron_xalign.workflows.conversion import (
 )
 from megatron_xalign.workflows.study import (
     analyze,
+    is_analysed,
     outcome,
     report,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "convert_to_hf",
     "corpus_languages",
     "describe_run",
+    "is_analysed",
     "is_converted",
     "is_trained",
     "join_tasks",
