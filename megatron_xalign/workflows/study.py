@@ -68,11 +68,13 @@ def report(
     ``controls`` names the control that a run (by name) belongs to, ``missing`` the runs that should be there and why
     they are not.
     """
+    from megatron_xalign.analysis.claims import claims_tree, weigh_claims
     from megatron_xalign.report.page import write_report
 
     if commands is None:
         commands = [" ".join(start["command"]) for run in runs for start in RunFolder(run).facts()["starts"]]
+    claims = claims_tree(weigh_claims(runs, controls)) if len(runs) > 1 else []
     return write_report(
-        list(runs), out, title=title, commands=list(commands), corpus=corpus, hf=dict(hf or {}),
+        list(runs), out, claims=claims, title=title, commands=list(commands), corpus=corpus, hf=dict(hf or {}),
         controls=dict(controls or {}), missing=dict(missing or {}),
     )
