@@ -13,6 +13,7 @@ from megatron_xalign.workflows.conversion import (
 )
 from megatron_xalign.workflows.study import (
     analyze,
+    is_analysed,
     outcome,
     report,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "corpus_languages",
     "describe_capture",
     "describe_run",
+    "is_analysed",
     "is_converted",
     "is_trained",
     "join_tasks",
