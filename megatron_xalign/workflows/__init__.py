@@ -3,6 +3,7 @@
 from megatron_xalign.workflows.capturing import (
     capture,
     describe_capture,
+    look_at_neurons,
 )
 from megatron_xalign.workflows.conversion import (
     CHECK_FILE,
@@ -58,6 +59,7 @@ __all__ = [
     "is_converted",
     "is_trained",
     "join_tasks",
+    "look_at_neurons",
     "make_corpus",
     "make_pairing",
     "merge",
