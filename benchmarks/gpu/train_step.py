@@ -2,11 +2,11 @@
 
 Needs an NVIDIA GPU with 80 GB and, for FP8, Transformer Engine. It has not been run yet.
 
-    python benchmarks/gpu/train_step.py [--quick] [--micro-batch-size 4] [--steps 20] [--config examples/study_1.4b.yaml]
+    python benchmarks/gpu/train_step.py [--quick] [--micro-batch-size 4] [--steps 20] [--config YAML]
 
-Each precision is a process of its own, so that one leaves no memory to the next. Tokens a second are those of `fit`, the
-loop that `xalign train` runs; FLOPs are `training.sizes.flops_per_token`; the peak is the vendor's dense bf16 rate also
-for FP8, so that an FP8 number above the bf16 number is what FP8 gains. Goals: 0.45 in bf16, and FP8 1.2 times bf16.
+Each precision is a process of its own, so that one leaves no memory to the next. Tokens a second are those of `fit`,
+the loop that `xalign train` runs; FLOPs are `training.sizes.flops_per_token`; the peak is the vendor's dense bf16 rate
+also for FP8, so that an FP8 number above the bf16 number is what FP8 gains. Goals: 0.45 in bf16, FP8 1.2 times bf16.
 """
 
 from __future__ import annotations

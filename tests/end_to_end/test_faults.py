@@ -1,4 +1,4 @@
-"""What may happen to a run between two starts: a damaged checkpoint, other data; and to its processes under torchrun."""
+"""What may happen to a run between two starts (a damaged checkpoint, other data), and to processes of torchrun."""
 
 from __future__ import annotations
 
