@@ -425,10 +425,26 @@ class CaptureConfig:
     """Whether per-language neuron sums are taken from the training batches."""
     stream_interval_steps: int = 1
     """Take the sums at every n-th step."""
+    layers: tuple[int, ...] | None = None
+    """Layers to capture, counting from 0; all if left out."""
+    stream_residual: bool = False
+    """Whether the stream also sums the residual stream, per language and coordinate."""
+    stream_attention: bool = False
+    """Whether it also sums what attention adds to the residual stream."""
+    score_pairs: int = 512
+    """Probe pairs that scores (``scores.jsonl``) are computed on at every probe; 0: no scores."""
+    on_error: Literal["stop", "disable"] = "stop"
+    """What becomes of the run when capture fails: it stops, or goes on without capture and says so in its log."""
 
     def __post_init__(self) -> None:
         for name in ("probe_interval_steps", "probe_batch_tokens", "stream_interval_steps"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
+        _require(self.score_pairs >= 0, f"score_pairs={self.score_pairs} is negative; 0 computes no scores.")
+        if self.layers is not None:
+            _require(
+                bool(self.layers) and min(self.layers) >= 0 and list(self.layers) == sorted(set(self.layers)),
+                f"layers={list(self.layers)} must be layer numbers in order, counting from 0, such as [0, 6, 12].",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -489,6 +505,12 @@ class RunConfig:
             self.model.num_layers % pipeline == 0,
             f"model.num_layers={self.model.num_layers} is not divisible by "
             f"parallel.pipeline_model_parallel_size={pipeline}.",
+        )
+        captured = self.capture.layers if self.capture is not None else None
+        _require(
+            captured is None or captured[-1] < self.model.num_layers,
+            f"capture.layers={captured} names layers beyond the {self.model.num_layers} of model.num_layers, which "
+            "are counted from 0.",
         )
         _require(
             not self.parallel.sequence_parallel or self.data.seq_length % tensor == 0,

@@ -42,6 +42,8 @@ class LocalPart:
     """Axis that is divided over tensor-parallel ranks; None if each holds all of it."""
     pipeline_axis: int | None = None
     """Axis that is divided over pipeline stages; None if each holds all of it."""
+    of_stage: bool = False
+    """Whether this pipeline stage alone has an array of this name, such as the sums of one of its layers."""
 
 
 ObserverState = tuple[dict[str, Any], dict[str, LocalPart]]
@@ -140,6 +142,14 @@ class Ranks:
         """Wait until every process of the job is here."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def alone(device: torch.device) -> Ranks:
+    """The only process of its job, for models that do not need Megatron; nothing is started."""
+    return Ranks(
+        rank=0, world_size=1, tensor_rank=0, tensor_size=1, pipeline_rank=0, pipeline_size=1, data_rank=0, data_size=1,
+        device=device,
+    )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ between save and load.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import logging
@@ -321,9 +322,7 @@ def load_observer_state(
         return values, {}
     loaded = _load_with_core(_sharded({f"{_OBSERVER}{name}.{array}": p for array, p in wanted.items()}, ranks), folder)
     return values, {
-        array: LocalPart(
-            tensor=loaded[f"{_OBSERVER}{name}.{array}"], tensor_axis=part.tensor_axis, pipeline_axis=part.pipeline_axis
-        )
+        array: dataclasses.replace(part, tensor=loaded[f"{_OBSERVER}{name}.{array}"])
         for array, part in wanted.items()
     }
 
@@ -394,8 +393,9 @@ def _sharded(parts: Mapping[str, LocalPart], ranks: Ranks) -> dict[str, Any]:
 
     described = {}
     for name, part in parts.items():
-        places = ((part.tensor_axis, ranks.tensor_rank, ranks.tensor_size),
-                  (part.pipeline_axis, ranks.pipeline_rank, ranks.pipeline_size))
+        places = [(part.tensor_axis, ranks.tensor_rank, ranks.tensor_size)]
+        if not part.of_stage:
+            places.append((part.pipeline_axis, ranks.pipeline_rank, ranks.pipeline_size))
         # Ranks that hold the same numbers are replicas, of which the first writes.
         copies = [ranks.data_rank, *(rank for axis, rank, _ in places if axis is None)]
         described[name] = ShardedTensor.from_rank_offsets(

@@ -128,7 +128,7 @@ def train(config: RunConfig) -> Path:
             neurons = NeuronObserver(
                 dataclasses.replace(config, training=training), model_chunks=model_chunks, ranks=ranks,
                 current_batch=current_batch, forward_only=forward_only, probe=probe, languages=blend.languages,
-                eod_id=tokenizer.eod,
+                eod_id=tokenizer.eod, score=_score_functions(),
             )
             if newest is not None:
                 state = checkpoint.load_observer_state(newest, neurons.name, neurons.parts_of, ranks)
@@ -240,6 +240,19 @@ def describe_run(config: RunConfig, processes: int | None) -> str:
         f"TP{layout.tensor_model_parallel_size} PP{layout.pipeline_model_parallel_size} on "
         f"{processes or 'as many as torchrun starts'} process(es), DP{data_size} assumed\n\n"
         f"{terminal.describe_memory(memory)}\n\n{table}"
+    )
+
+
+def _score_functions() -> Any:
+    """The measures that capture logs at every probe."""
+    from megatron_xalign.analysis import neurons, retrieval, similarity
+    from megatron_xalign.capture.scores import ScoreFunctions
+
+    return ScoreFunctions(
+        average_precision=neurons.average_precision,
+        lape_languages=lambda positive_KLF, tokens_K: neurons.lape(positive_KLF, tokens_K).languages_of,
+        cosine_gap=lambda one_PH, other_PH: similarity.cosine(one_PH, other_PH).gap,
+        retrieval=lambda one_PH, other_PH: retrieval.bitext_accuracy(one_PH, other_PH).mean,
     )
 
 
