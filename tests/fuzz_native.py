@@ -292,6 +292,8 @@ def others() -> None:
     attempt(native.document_sketches, maybe(folding), folding, texts(), maybe(texts()))
     attempt(native.near_earlier, array("u1", axes=2), array("<i8"), array("u1", 1), number(3), number(3))
     attempt(native.count_characters, texts(), array("u1"), number(3))
+    attempt(native.kinds_in_texts, texts(), array("u1"))
+    attempt(native.utf8_lengths, maybe(texts()))
     attempt(native.Folding, array("<u4"), array("<u4"))
     index = attempt(native.ProbeIndex, folding, maybe(["abc def"]), maybe(0.7), number(9))
     if index is not None:

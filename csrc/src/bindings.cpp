@@ -151,6 +151,28 @@ py::array_t<std::int64_t> count_characters(const py::list& texts, const py::arra
       std::move(counts), {static_cast<py::ssize_t>(views.size()), static_cast<py::ssize_t>(num_kinds)});
 }
 
+py::array_t<std::uint8_t> kinds_in_texts(const py::list& texts, const py::array& kinds) {
+  const Texts views(texts);
+  const auto* table = data_of<std::uint8_t>(kinds, 1, "kinds");
+  if (length_of(kinds) != xalign::kCodePoints) throw std::invalid_argument("kinds has not one item per code point.");
+  std::vector<std::uint8_t> found;
+  {
+    py::gil_scoped_release free;
+    found = xalign::kinds_in_texts(views.data(), views.size(), table);
+  }
+  return to_array(std::move(found));
+}
+
+py::array_t<std::int64_t> utf8_lengths(const py::list& texts) {
+  const Texts views(texts);
+  std::vector<std::int64_t> lengths;
+  {
+    py::gil_scoped_release free;
+    lengths = xalign::utf8_lengths(views.data(), views.size());
+  }
+  return to_array(std::move(lengths));
+}
+
 // Two lists of one length, the second of which may be left out.
 struct Documents {
   Documents(const py::list& texts, const std::optional<py::list>& others) : first(texts) {
@@ -248,6 +270,8 @@ void define_texts(py::module_& module) {
           },
           py::arg("texts"));
   module.def("count_characters", &count_characters, py::arg("texts"), py::arg("kinds"), py::arg("num_kinds"));
+  module.def("kinds_in_texts", &kinds_in_texts, py::arg("texts"), py::arg("kinds"));
+  module.def("utf8_lengths", &utf8_lengths, py::arg("texts"));
   module.def("document_keys", &document_keys, py::arg("folding"), py::arg("texts"), py::arg("others") = py::none());
   module.def("document_sketches", &document_sketches, py::arg("folding"), py::arg("exact"), py::arg("texts"),
              py::arg("others") = py::none());

@@ -15,6 +15,23 @@ Kind kind_of(std::uint32_t entry) { return static_cast<Kind>((entry >> 21) & 7U)
 
 std::uint32_t combining_class(std::uint32_t entry) { return entry >> 24; }
 
+// Calls with the text's code points in the width they are held in, and how many there are.
+template <typename Call>
+void with_units(const TextView& text, const Call& call) {
+  const auto length = static_cast<std::size_t>(text.length);
+  switch (text.bytes_per_character) {
+    case 1:
+      return call(static_cast<const std::uint8_t*>(text.data), length);
+    case 2:
+      return call(static_cast<const std::uint16_t*>(text.data), length);
+    case 4:
+      return call(static_cast<const std::uint32_t*>(text.data), length);
+    default:
+      throw std::invalid_argument("a text has " + std::to_string(text.bytes_per_character) +
+                                  " bytes per character; 1, 2 or 4 expected.");
+  }
+}
+
 template <typename Unit>
 void check_units(const Unit* text, std::size_t length) {
   if constexpr (sizeof(Unit) > 2) {
@@ -141,18 +158,7 @@ void Folding::fold_units(const Unit* text, std::size_t length, Buffer<std::uint3
 }
 
 void Folding::fold(const TextView& text, Buffer<std::uint32_t>& folded) const {
-  const auto length = static_cast<std::size_t>(text.length);
-  switch (text.bytes_per_character) {
-    case 1:
-      return fold_units(static_cast<const std::uint8_t*>(text.data), length, folded);
-    case 2:
-      return fold_units(static_cast<const std::uint16_t*>(text.data), length, folded);
-    case 4:
-      return fold_units(static_cast<const std::uint32_t*>(text.data), length, folded);
-    default:
-      throw std::invalid_argument("a text has " + std::to_string(text.bytes_per_character) +
-                                  " bytes per character; 1, 2 or 4 expected.");
-  }
+  with_units(text, [&](const auto* units, std::size_t length) { fold_units(units, length, folded); });
 }
 
 namespace {
@@ -182,23 +188,55 @@ std::vector<std::int64_t> count_characters(const TextView* texts, std::size_t nu
   std::array<std::array<std::int64_t, 256>, 2> counts;
   for (std::size_t i = 0; i < num_texts; ++i) {
     for (auto& half : counts) std::fill_n(half.begin(), num_kinds, 0);
-    const auto length = static_cast<std::size_t>(texts[i].length);
-    switch (texts[i].bytes_per_character) {
-      case 1:
-        count_units(static_cast<const std::uint8_t*>(texts[i].data), length, kinds, counts);
-        break;
-      case 2:
-        count_units(static_cast<const std::uint16_t*>(texts[i].data), length, kinds, counts);
-        break;
-      case 4:
-        count_units(static_cast<const std::uint32_t*>(texts[i].data), length, kinds, counts);
-        break;
-      default:
-        throw std::invalid_argument("a text has neither 1, 2 nor 4 bytes per character.");
-    }
+    with_units(texts[i], [&](const auto* text, std::size_t length) { count_units(text, length, kinds, counts); });
     for (std::size_t kind = 0; kind < num_kinds; ++kind) {
       result[i * num_kinds + kind] = counts[0][kind] + counts[1][kind];
     }
+  }
+  return result;
+}
+
+namespace {
+
+template <typename Unit>
+std::int64_t utf8_length(const Unit* text, std::size_t length) {
+  // Sums of bytes in stretches that cannot overflow 32 bits, so that the compiler can work on many code points at once.
+  constexpr std::size_t stretch = std::size_t{1} << 24;
+  std::int64_t total = 0;
+  for (std::size_t begin = 0; begin < length; begin += stretch) {
+    const std::size_t end = std::min(length, begin + stretch);
+    std::uint32_t more = 0;
+    for (std::size_t i = begin; i < end; ++i) {
+      more += text[i] >= 0x80U;
+      if constexpr (sizeof(Unit) > 1) more += text[i] >= 0x800U;
+      if constexpr (sizeof(Unit) > 2) more += text[i] >= 0x10000U;
+    }
+    total += static_cast<std::int64_t>(end - begin) + more;
+  }
+  return total;
+}
+
+}  // namespace
+
+std::vector<std::uint8_t> kinds_in_texts(const TextView* texts, std::size_t num_texts, const std::uint8_t* kinds) {
+  std::vector<std::uint8_t> result(num_texts);
+  const bool looks_at_bytes = std::any_of(kinds, kinds + 256, [](std::uint8_t kind) { return kind != 0; });
+  for (std::size_t i = 0; i < num_texts; ++i) {
+    if (texts[i].bytes_per_character == 1 && !looks_at_bytes) continue;
+    with_units(texts[i], [&](const auto* text, std::size_t length) {
+      check_units(text, length);
+      std::uint8_t found = 0;
+      for (std::size_t j = 0; j < length; ++j) found |= kinds[text[j]];
+      result[i] = found;
+    });
+  }
+  return result;
+}
+
+std::vector<std::int64_t> utf8_lengths(const TextView* texts, std::size_t num_texts) {
+  std::vector<std::int64_t> result(num_texts);
+  for (std::size_t i = 0; i < num_texts; ++i) {
+    with_units(texts[i], [&](const auto* text, std::size_t length) { result[i] = utf8_length(text, length); });
   }
   return result;
 }

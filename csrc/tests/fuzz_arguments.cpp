@@ -306,6 +306,8 @@ void foldings(Chance& chance) {
   attempt([&] {
     if (chance.one_in(100)) {
       const std::vector<std::uint8_t> kinds(xalign::kCodePoints, static_cast<std::uint8_t>(chance.below(3)));
+      xalign::kinds_in_texts(first.views.data(), first.views.size(), kinds.data());
+      xalign::utf8_lengths(first.views.data(), first.views.size());
       xalign::count_characters(first.views.data(), first.views.size(), kinds.data(), static_cast<std::size_t>(chance.below(300)));
     }
   });

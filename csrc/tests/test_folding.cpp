@@ -82,10 +82,23 @@ void characters_are_counted_by_kind() {
   CHECK_THROWS(xalign::count_characters(all.data(), all.size(), kinds.data(), 257), std::invalid_argument);
 }
 
+void kinds_and_bytes_of_texts() {
+  std::vector<std::uint8_t> kinds(xalign::kCodePoints, 0);
+  kinds['a'] = 1;
+  kinds[0x4E00] = 2;
+  kinds[0x10FFFF] = 4;
+  const std::vector<std::u32string> texts = {U"bab", U"", U"b\u00e9\u4E00", U"a\U0010FFFF",
+                                             U"\u007f\u0080\u07ff\u0800\uffff\U00010000"};
+  const auto all = views(texts);
+  CHECK(xalign::kinds_in_texts(all.data(), all.size(), kinds.data()) == (std::vector<std::uint8_t>{1, 0, 2, 5, 0}));
+  CHECK(xalign::utf8_lengths(all.data(), all.size()) == (std::vector<std::int64_t>{3, 0, 6, 5, 15}));
+}
+
 int main() {
   words_are_joined_by_single_spaces();
   marks_stay_with_their_letter_in_canonical_order();
   every_width_of_characters_gives_the_same();
   bad_tables_are_refused();
   characters_are_counted_by_kind();
+  kinds_and_bytes_of_texts();
 }

@@ -114,24 +114,25 @@ def _mixtures() -> Iterator[str]:
 
 def _unicode() -> Iterator[str]:
     """Every assigned character of the older blocks; of ideographs, syllables and the like one in sixteen."""
-    chosen = []
-    last = ""
-    for code in assigned_characters():
-        category = unicodedata.category(chr(code))
-        if code < 0x3000 or code % 16 == 0 or category != last:
-            chosen.append(chr(code))
-        last = category
+    codes_C, categories_C = assigned_characters()
+    begins_C = np.append(True, categories_C[1:] != categories_C[:-1])
+    chosen = list(map(chr, codes_C[(codes_C < 0x3000) | (codes_C % 16 == 0) | begins_C].tolist()))
     for start in range(0, len(chosen), 16):
         yield "\n".join(f"a{c}{c}1 {c}b{c}'s {c} {c}{c}" for c in chosen[start : start + 16])
 
 
-def assigned_characters() -> Iterator[int]:
-    """Code points that have a meaning in this Python's Unicode (14.0 or later), surrogates left out."""
+@functools.cache
+def assigned_characters() -> tuple[np.ndarray, np.ndarray]:
+    """Code points that have a meaning in this Python's Unicode (14.0 or later), and their categories, as bytes of two.
+
+    Surrogates and the last plane of private use are left out.
+    """
     # The planes in between have never been used; the last is for private use like the one before.
-    for plane in (0, 1, 2, 3, 14, 15):
-        for code in range(plane << 16, (plane + 1) << 16):
-            if unicodedata.category(chr(code)) not in ("Cn", "Cs"):
-                yield code
+    codes_C = np.concatenate([np.arange(plane << 16, (plane + 1) << 16) for plane in (0, 1, 2, 3, 14, 15)])
+    names = "".join(map(unicodedata.category, map(chr, codes_C.tolist())))
+    categories_C = np.frombuffer(names.encode(), dtype="S2")
+    is_assigned_C = (categories_C != b"Cn") & (categories_C != b"Cs")
+    return codes_C[is_assigned_C], categories_C[is_assigned_C]
 
 
 def _spelled(special_tokens: Sequence[str]) -> Iterator[str]:

@@ -44,7 +44,7 @@ WantedEngine = Literal["auto", "reference", "gigatoken"]
 _MAX_GROWTH_BYTES = 192 << 20
 # Reading a tokenizer takes a tenth of a second; not more often than after so much text.
 _MIN_BYTES_BETWEEN = 16 << 20
-_ORDINARY, _UNASSIGNED, _SURROGATE = 0, 1, 2
+_ORDINARY, _UNASSIGNED, _SURROGATE = 0, 1, 2  # Bits.
 _TRIMMED = "".join(chr(code) for code in range(0x3001) if chr(code).isspace()) + "▁"
 # Names of the patterns in gigatoken's from_tiktoken.
 _GIGATOKEN_SPLITS = {"gpt2": "gpt2", "cl100k": "gpt4", "o200k": "o200k", "megatron-v2": "nemotron"}
@@ -174,8 +174,8 @@ def _proved(
 def _encodable(texts: Sequence[str]) -> list[str]:
     """Texts without half a UTF-16 pair; a job deals with the others where it can name their lines."""
     texts = list(texts)
-    counts_NK = _native.count_characters(texts, _character_kinds(), 3)
-    return [text for text, halves in zip(texts, counts_NK[:, _SURROGATE], strict=True) if not halves]
+    halves_N = _native.kinds_in_texts(texts, _character_kinds()) & _SURROGATE
+    return [text for text, halves in zip(texts, halves_N.tolist(), strict=True) if not halves]
 
 
 class _RefusalError(Exception):
@@ -220,10 +220,10 @@ class GigatokenEngine:
             texts = list(texts)
         if not texts:
             return np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64)
-        counts_NK = _native.count_characters(texts, _character_kinds(), 3)
-        if counts_NK[:, _SURROGATE].any():
-            raise lone_surrogate(texts, int(np.flatnonzero(counts_NK[:, _SURROGATE])[0]))
-        self._forget_if_large(int(counts_NK.sum()))
+        kinds_N = _native.kinds_in_texts(texts, _character_kinds())
+        if kinds_N.max() >= _SURROGATE:
+            raise lone_surrogate(texts, int(np.flatnonzero(kinds_N & _SURROGATE)[0]))
+        self._forget_if_large(sum(map(len, texts)))
         try:
             offsets, ids_T = self._encode(texts)
         except _RefusalError as error:
@@ -232,7 +232,7 @@ class GigatokenEngine:
                 _LOG.warning("%s failed (%s); the reference does what it cannot", self.library, error)
             self.texts_by_reference += len(texts)
             return self._reference.encode_flat(texts)
-        by_reference_N = counts_NK[:, _UNASSIGNED] > 0
+        by_reference_N = kinds_N == _UNASSIGNED
         if self._trims:
             by_reference_N |= np.fromiter((len(text.strip(_TRIMMED)) < len(text) for text in texts), bool, len(texts))
         for first, last in self._special_ranges:
@@ -380,7 +380,7 @@ def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
 def _character_kinds() -> np.ndarray:
     """uint8 [0x110000]: whether a code point is ordinary, unassigned in this Python's Unicode, or half a pair."""
     kinds = np.full(0x110000, _UNASSIGNED, dtype=np.uint8)
-    kinds[np.fromiter(assigned_characters(), dtype=np.int64)] = _ORDINARY
+    kinds[assigned_characters()[0]] = _ORDINARY
     kinds[0x100000:0x10FFFE] = _ORDINARY  # private use
     kinds[0xD800:0xE000] = _SURROGATE
     return kinds

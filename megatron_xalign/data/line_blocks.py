@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import zstandard
 
 from megatron_xalign.data.input_files import Compression, InputFile
@@ -297,7 +296,7 @@ def line_blocks(
 
     def blocks(data: bytes) -> Iterator[Block]:
         nonlocal line, position
-        num_lines = int(np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n"))) + (not data.endswith(b"\n"))
+        num_lines = data.count(b"\n") + (not data.endswith(b"\n"))
         block = Block(data, line, num_lines, position)
         line, position = line + block.num_lines, position + len(data)
         if len(data) > max_line_bytes:

@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from megatron_xalign.data.job_settings import JobSettings
 from megatron_xalign.data.join import join_parts, sources_of
 from megatron_xalign.data.parts import PartMaker, check_skipped
 from megatron_xalign.data.work_folder import WorkFolder
-from megatron_xalign.data.workers import Done, WorkerPool, peak_memory_bytes, plan_elsewhere
+from megatron_xalign.data.workers import Done, WorkerPool, peak_memory_bytes
 from megatron_xalign.errors import FormatError
 from megatron_xalign.formats.atomic import read_json, write_json
 from megatron_xalign.formats.token_file import read_token_file, token_dtype
@@ -101,14 +101,21 @@ def run_job(settings: JobSettings) -> Outcome:
             )
         with _tidy(folder):
             if settings.num_workers() > 1 and sum(file.num_bytes for file in survey.inputs) > _LARGE_BYTES:
-                # What it takes to prove an engine stays in memory; a process of its own takes it along.
-                plan_elsewhere(folder.path, settings)
-                job = Job.load(folder.path)
+                # The tokenizer is not needed here any more, and may be large.
+                del survey
+                # What it takes to prove an engine stays in memory; it is a worker's, who has the engine for its parts.
+                with WorkerPool(folder.path, settings.num_workers()) as pool:
+                    pool.plan(settings)
+                    job = Job.load(folder.path)
+                    figures = do_parts(job, pool=pool)
             else:
                 job = Job.plan(settings, survey)
                 job.prepare()
-            del survey  # The tokenizer is not needed here any more, and may be large.
-            return finish_job(job, do_parts(job), started)
+                del survey
+                if settings.num_workers() > 1:
+                    job = replace(job, loaded=None)
+                figures = do_parts(job)
+            return finish_job(job, figures, started)
 
 
 def finish_job(job: Job, figures: Mapping[str, Any], started: float | None = None) -> Outcome:
@@ -133,12 +140,15 @@ def finish_job(job: Job, figures: Mapping[str, Any], started: float | None = Non
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def do_parts(job: Job, wanted: Sequence[int] | None = None) -> dict[str, Any]:
+def do_parts(
+    job: Job, wanted: Sequence[int] | None = None, pool: WorkerPool | None = None
+) -> dict[str, Any]:
     """Do parts that are missing, in as many processes as the settings say; hold the work folder meanwhile.
 
     Args:
         job: the job.
         wanted: which; all, if left out.
+        pool: workers that are there already; left out, they are started here if there is work for more than one.
 
     Returns:
         ``workers, parts, parts_kept, text_bytes, megabytes_per_second, tokens_per_second, peak_memory_bytes`` (the sum
@@ -160,7 +170,10 @@ def do_parts(job: Job, wanted: Sequence[int] | None = None) -> dict[str, Any]:
     text_bytes = malformed = 0
     with progress_bar(total, f"tokenise {Path(settings.output_prefix).name}", "B", initial=total - todo) as bar:
         display = _Display(bar, job.parts)
-        parts = _with_workers(job, missing, num_workers, display) if num_workers > 1 else _here(job, missing, display)
+        if num_workers > 1 or (pool is not None and missing):
+            parts = _with_workers(pool or WorkerPool(job.folder.path, num_workers), job, missing, display)
+        else:
+            parts = _here(job, missing, display)
         for done in parts:
             display.finish(done.record)
             peaks[done.worker] = done.peak_memory_bytes
@@ -168,7 +181,7 @@ def do_parts(job: Job, wanted: Sequence[int] | None = None) -> dict[str, Any]:
             malformed += done.record["counts"]["malformed"]
             check_skipped(malformed, done.record["examples"], settings.max_skipped)
     seconds = max(time.monotonic() - started, 1e-9)
-    if num_workers > 1:
+    if num_workers > 1 or pool is not None:
         peaks[-1] = peak_memory_bytes()
     return {
         "workers": max(num_workers, 1), "parts": len(indices), "parts_kept": len(indices) - len(missing),
@@ -185,8 +198,8 @@ def _here(job: Job, missing: Sequence[int], display: _Display) -> Iterator[Done]
         yield Done(record, peak_memory_bytes(), 0)
 
 
-def _with_workers(job: Job, missing: Sequence[int], num_workers: int, display: _Display) -> Iterator[Done]:
-    with WorkerPool(job.folder.path, num_workers) as pool:
+def _with_workers(pool: WorkerPool, job: Job, missing: Sequence[int], display: _Display) -> Iterator[Done]:
+    with pool:
         yield from pool.run(missing, lambda index: name_of(job.parts[index]), display.show)
 
 

@@ -79,9 +79,9 @@ def refuse_lone_surrogates(texts: Sequence[str]) -> None:
     Raises:
         UnencodableTextError: a text holds one.
     """
-    counts = _native.count_characters(texts if isinstance(texts, list) else list(texts), _surrogate_table(), 2)
-    if counts[:, 1].any():
-        raise lone_surrogate(texts, int(np.flatnonzero(counts[:, 1])[0]))
+    found_N = _native.kinds_in_texts(texts if isinstance(texts, list) else list(texts), _surrogate_table())
+    if found_N.any():
+        raise lone_surrogate(texts, int(np.flatnonzero(found_N)[0]))
 
 
 def lone_surrogate(texts: Sequence[str], index: int) -> UnencodableTextError:

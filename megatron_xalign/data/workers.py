@@ -140,7 +140,12 @@ class WorkerPool:
         self._workers = []
 
     def plan(self, settings: JobSettings) -> None:
-        """Have one worker plan the job."""
+        """Have the first worker plan the job and write the plan; it does parts afterwards, with what it has loaded.
+
+        Raises:
+            XAlignError: what planning raised.
+            WorkerError: the process was killed.
+        """
         worker = _Worker(0, self._work_folder)
         self._workers.append(worker)
         worker.say({"plan": settings.to_tree()})
@@ -152,6 +157,7 @@ class WorkerPool:
             for answer in answers:
                 if "failed" in answer:
                     raise _failure(answer["failed"], worker.number, name)
+                os.set_blocking(worker.answers, False)
                 return
         raise _death(worker, name)
 
@@ -173,8 +179,9 @@ class WorkerPool:
         current: dict[int, Mapping[str, int]] = {}
         with selectors.DefaultSelector() as selector:
             for number in range(min(self._num_workers, len(parts))):
-                worker = _Worker(number, self._work_folder)
-                self._workers.append(worker)
+                if number == len(self._workers):
+                    self._workers.append(_Worker(number, self._work_folder))
+                worker = self._workers[number]
                 selector.register(worker.answers, selectors.EVENT_READ, worker)
                 worker.give(waiting.popleft())
             busy = len(self._workers)
@@ -200,17 +207,6 @@ class WorkerPool:
                         if worker.part is not None:
                             raise _death(worker, names(worker.part))
                         selector.unregister(worker.answers)
-
-
-def plan_elsewhere(work_folder: Path, settings: JobSettings) -> None:
-    """Have a process plan a job and write the plan; its memory goes with it.
-
-    Raises:
-        XAlignError: what planning raised.
-        WorkerError: the process was killed.
-    """
-    with WorkerPool(work_folder, 1) as pool:
-        pool.plan(settings)
 
 
 def _failure(failed: Mapping[str, Any], number: int, name: str) -> XAlignError:
@@ -292,7 +288,9 @@ def _work(work_folder: Path, parent: int, answers: IO[str]) -> int:
         for line in sys.stdin:
             task = json.loads(line)
             if "plan" in task:
-                Job.plan(JobSettings.from_tree(task["plan"])).prepare()
+                job = Job.plan(JobSettings.from_tree(task["plan"]))
+                job.prepare()
+                maker = PartMaker(job)
                 answer({"planned": True})
                 continue
             maker = maker or PartMaker(Job.load(work_folder))

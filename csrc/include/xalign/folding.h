@@ -88,4 +88,11 @@ class Folding {
 std::vector<std::int64_t> count_characters(const TextView* texts, std::size_t num_texts, const std::uint8_t* kinds,
                                            std::size_t num_kinds);
 
+// What kinds of code points each text has: kinds[c] of all its code points c, or-ed together. kinds holds one byte for
+// each of kCodePoints; a text of few kinds is told from others at a fraction of what counting takes.
+std::vector<std::uint8_t> kinds_in_texts(const TextView* texts, std::size_t num_texts, const std::uint8_t* kinds);
+
+// Bytes of each text in UTF-8; half of a UTF-16 pair counts as three.
+std::vector<std::int64_t> utf8_lengths(const TextView* texts, std::size_t num_texts);
+
 }  // namespace xalign
