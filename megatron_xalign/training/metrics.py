@@ -112,7 +112,8 @@ class LossSums:
 def readable(line: Mapping[str, Any], train_steps: int) -> str:
     """A line of metrics for people who read a log: what is learned, whether it is well, how fast, how long still."""
     languages = ", ".join(f"{name} {loss:.3f}" for name, loss in line.get("loss_by_language", {}).items())
-    parts = [f"step {line['step']}/{train_steps}", f"loss {line['loss']:.4f}" + (f" ({languages})" if languages else "")]
+    loss = f"loss {line['loss']:.4f}" + (f" ({languages})" if languages else "")
+    parts = [f"step {line['step']}/{train_steps}", loss]
     if "parallel_fraction" in line:
         parts.append(f"parallel {100 * line['parallel_fraction']:.2f} %")
     if line.get("grad_norm") is not None:
