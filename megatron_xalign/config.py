@@ -496,7 +496,7 @@ class LoggingConfig:
     mlflow_experiment: str | None = None
     """Experiment of MLflow; none if left out."""
     mlflow_tracking_uri: str | None = None
-    """MLflow's server; a folder of the run if left out."""
+    """MLflow's server; ``MLFLOW_TRACKING_URI``, or else a folder of the run, if left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
