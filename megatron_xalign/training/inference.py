@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,8 +23,28 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 """Token ids int64 [B, S] to logits float32 [B, S, V], V without padding."""
 
 
+@dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint's model on this process."""
+
+    logits: Logits
+    layers: Sequence[torch.nn.Module]
+    """Its blocks in order; their output is [S, B, H], first of a tuple."""
+    vocab_size: int
+    seq_length: int
+    config: RunConfig
+    """Of the run that wrote the checkpoint."""
+
+
 @contextmanager
 def load_for_inference(checkpoint: str | Path) -> Iterator[Logits]:
+    """``load_model`` for who needs logits only."""
+    with load_model(checkpoint) as model:
+        yield model.logits
+
+
+@contextmanager
+def load_model(checkpoint: str | Path) -> Iterator[LoadedModel]:
     """Rebuild the model of a checkpoint, whatever layout wrote it, on this process alone; leave it after the block.
 
     It is Megatron's model with weights read by Megatron, in float32 whatever the run computed in, so that it can be
@@ -58,4 +79,4 @@ def load_for_inference(checkpoint: str | Path) -> Iterator[Logits]:
             logits_BSV: torch.Tensor = model(tokens, positions, None)
             return logits_BSV[..., :vocab_size].float().cpu()
 
-        yield logits_of
+        yield LoadedModel(logits_of, list(model.decoder.layers), vocab_size, config.data.seq_length, config)
