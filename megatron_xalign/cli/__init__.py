@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from megatron_xalign import __version__
-from megatron_xalign.cli import conversion, machine, preprocessing, quickstart, runs, study, tokens
+from megatron_xalign.cli import conversion, machine, preprocessing, quickstart, runs, steering, study, tokens
 from megatron_xalign.cli.arguments import Handler
 from megatron_xalign.errors import ConfigError, StoppedEarly, XAlignError
 
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"xalign {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for part in (quickstart, tokens, preprocessing, runs, study, conversion, machine):
+    for part in (quickstart, tokens, preprocessing, runs, study, steering, conversion, machine):
         part.add_verbs(verbs)
     return parser
 
