@@ -12,6 +12,11 @@ from megatron_xalign.workflows.conversion import (
     convert_to_hf,
     is_converted,
 )
+from megatron_xalign.workflows.steering import (
+    SteerOptions,
+    plan_steering,
+    steer,
+)
 from megatron_xalign.workflows.study import (
     analyze,
     is_analysed,
@@ -48,6 +53,7 @@ from megatron_xalign.workflows.training import (
 
 __all__ = [
     "CHECK_FILE",
+    "SteerOptions",
     "analyze",
     "audit_blend",
     "capture",
@@ -71,12 +77,14 @@ __all__ = [
     "merge",
     "outcome",
     "plan_preprocessing",
+    "plan_steering",
     "preprocess",
     "preprocess_all",
     "preprocess_task",
     "preprocess_with_datatrove",
     "registry_packages",
     "report",
+    "steer",
     "token_statistics",
     "train",
     "train_tokenizer",
