@@ -6,6 +6,7 @@ from megatron_xalign.workflows.conversion import (
     convert_from_hf,
     convert_to_hf,
     is_converted,
+    stated_model,
 )
 from megatron_xalign.workflows.study import (
     analyze,
@@ -61,6 +62,7 @@ __all__ = [
     "preprocess_with_datatrove",
     "registry_packages",
     "report",
+    "stated_model",
     "token_statistics",
     "train",
     "train_tokenizer",
