@@ -18,8 +18,8 @@ import torch
 from megatron_xalign import names, topology
 from megatron_xalign.config import ParallelConfig, RunConfig
 from megatron_xalign.formats.checkpoint import CheckpointReader
-from megatron_xalign.training.inference import fill, listening
 from megatron_xalign.training.layers import Norm
+from megatron_xalign.training.listening import fill, listening
 from megatron_xalign.training.model import _layer_spec, transformer_config
 
 Stages = Iterator[tuple[str, list[torch.Tensor]]]
@@ -73,7 +73,7 @@ def _run(
         found: list[dict[str, torch.Tensor]] = []
         for state_SH in hidden:
             inside: dict[str, torch.Tensor] = {}
-            with listening(layer, lambda point: point.megatron, inside):
+            with listening(layer, inside):
                 layer.set_input_tensor(state_SH[:, None])
                 layer(None, None, None)
             found.append({name: value[:, 0] for name, value in inside.items()})

@@ -1,5 +1,9 @@
 """One function per job, readable as a paragraph; the only place where rooms meet."""
 
+from megatron_xalign.workflows.capturing import (
+    capture,
+    describe_capture,
+)
 from megatron_xalign.workflows.conversion import (
     CHECK_FILE,
     check_hf,
@@ -10,6 +14,7 @@ from megatron_xalign.workflows.conversion import (
 )
 from megatron_xalign.workflows.study import (
     analyze,
+    is_analysed,
     outcome,
     report,
 )
@@ -42,12 +47,15 @@ __all__ = [
     "CHECK_FILE",
     "analyze",
     "audit_blend",
+    "capture",
     "check_hf",
     "compare_series",
     "convert_from_hf",
     "convert_to_hf",
     "corpus_languages",
+    "describe_capture",
     "describe_run",
+    "is_analysed",
     "is_converted",
     "is_trained",
     "join_tasks",

@@ -27,7 +27,7 @@ def convert_to_hf(
     from megatron_xalign.convert.to_hf import to_hf
 
     return to_hf(
-        checkpoint_of(source), out, tokenizer=tokenizer, dtype=dtype, max_shard_size=max_shard_size, stated=stated,
+        _checkpoint_of(source), out, tokenizer=tokenizer, dtype=dtype, max_shard_size=max_shard_size, stated=stated,
         architecture=architecture,
     )
 
@@ -70,10 +70,10 @@ def check_hf(
     """
     from megatron_xalign.convert.check import check, check_layerwise
     from megatron_xalign.convert.source import read_source
-    from megatron_xalign.training.inference import load_for_inference
     from megatron_xalign.training.layerwise import load_layerwise
+    from megatron_xalign.training.listening import load_listened
 
-    checkpoint = checkpoint_of(source)
+    checkpoint = _checkpoint_of(source)
     found = read_source(checkpoint, tokenizer=tokenizer, stated=stated)
     texts = _check_texts(found.config, hf, probe)
     if layer_by_layer is None:
@@ -83,7 +83,7 @@ def check_hf(
             report = check_layerwise(checkpoint, hf, texts, stages)
     else:
         own = is_own(checkpoint)
-        model = load_for_inference(
+        model = load_listened(
             checkpoint, None if own else found.config, None if own else found.vocab_size
         )
         with model as megatron:
@@ -108,7 +108,7 @@ def _both_fit(source: Any) -> bool:
 def is_converted(source: Path, hf: Path) -> bool:
     """Whether a Hugging Face folder was made from this checkpoint and passed its check."""
     path = hf / CHECK_FILE
-    return path.is_file() and read_json(path)["checkpoint_manifest_sha256"] == _manifest_hash(checkpoint_of(source))
+    return path.is_file() and read_json(path)["checkpoint_manifest_sha256"] == _manifest_hash(_checkpoint_of(source))
 
 
 def _check_texts(config: RunConfig, hf: Path, probe: Path | None, most: int = 32) -> list[Any]:
@@ -141,7 +141,7 @@ def is_own(checkpoint: Path) -> bool:
     return (checkpoint / MANIFEST).is_file()
 
 
-def checkpoint_of(source: Path) -> Path:
+def _checkpoint_of(source: Path) -> Path:
     """A checkpoint folder itself, or the newest whole one of a run folder, ours or Megatron-LM's."""
     from megatron_xalign.convert.megatron_lm import find_checkpoint
     from megatron_xalign.formats import checkpoint_folder
