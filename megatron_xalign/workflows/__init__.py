@@ -11,6 +11,7 @@ from megatron_xalign.workflows.conversion import (
     convert_from_hf,
     convert_to_hf,
     is_converted,
+    stated_model,
 )
 from megatron_xalign.workflows.steering import (
     SteerOptions,
@@ -84,6 +85,7 @@ __all__ = [
     "preprocess_with_datatrove",
     "registry_packages",
     "report",
+    "stated_model",
     "steer",
     "token_statistics",
     "train",
