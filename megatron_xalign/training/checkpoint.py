@@ -470,7 +470,8 @@ def _optimizer_state(optimizer: Any, model_state: dict[str, Any], is_loading: bo
         inner["state"].pop("common_step", None)
     if "param_state_sharding_type" in state:
         state["param_state_sharding_type"] = LocalNonpersistentObject(state["param_state_sharding_type"])
-    single_precision = not _single(optimizer).config.bf16
+    config = _single(optimizer).config
+    single_precision = not (config.bf16 or config.fp16)
     if single_precision and not is_loading:
         for tensors in state.get("param_state", {}).values():
             del tensors["param"]

@@ -168,6 +168,7 @@ def fit(
                 seconds = time.monotonic() - interval_start
                 line = metrics = {
                     "step": done, "consumed_tokens": done * step_tokens, **means, "grad_norm": grad_norm, "lr": lr,
+                    **({} if optimizer.loss_scale is None else {"loss_scale": optimizer.loss_scale}),
                     **speed_of(
                         interval_tokens / max(compute_seconds, 1e-9), flops_per_token, ranks.world_size, ranks.device
                     ),
@@ -176,7 +177,7 @@ def fit(
                 }
                 if ranks.rank == 0:
                     append_metrics(metrics_path, line)
-                log.debug("step %d: loss %.4f, gradient norm %.3f, lr %.3g", done, means["loss"], grad_norm, lr)
+                log.debug("step %d: loss %.4f, gradient norm %s, lr %.3g", done, means["loss"], grad_norm, lr)
                 speed = f"{line['tokens_per_second']:,.0f} tokens/s"
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed}", refresh=False)
                 interval_start, compute_seconds, interval_tokens = time.monotonic(), 0.0, 0

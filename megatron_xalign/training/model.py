@@ -10,13 +10,12 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_xalign.config import ModelConfig, ParallelConfig
+from megatron_xalign.config import ModelConfig, ParallelConfig, ParamsDtype
 from megatron_xalign.errors import ConfigError
 from megatron_xalign.topology import Ranks
 from megatron_xalign.training.initial_weights import initialize
 from megatron_xalign.training.layers import CausalAttention, Norm
 
-ParamsDtype = Literal["fp32", "bf16"]
 Recompute = Literal["none", "full"]
 
 log = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ def transformer_config(
     # Imported late, here and below: the CPU backend must be in place first.
     from megatron.core.transformer import TransformerConfig
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[params_dtype]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[params_dtype]
     settings: dict[str, Any] = {
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -69,6 +68,7 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": params_dtype == "bf16",
+        "fp16": params_dtype == "fp16",
         # The loss of a micro-batch is a sum over tokens; gradients are divided by the tokens of the global batch.
         "calculate_per_token_loss": True,
         # training.initial_weights fills them.
@@ -165,7 +165,7 @@ def build_model(
     model.to(ranks.device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     log.debug("process %d holds %d parameters.", ranks.rank, num_parameters)
-    if params_dtype == "bf16":
+    if params_dtype != "fp32":
         model = Float16Module(megatron_config, model)
     wrapped = DistributedDataParallel(
         config=megatron_config,

@@ -87,7 +87,7 @@ def train(config: RunConfig) -> Path:
         ranks.barrier()
         model_chunks = build_model(
             config.model, padded_vocab_size=vocab_size, seq_length=config.data.seq_length, parallel=config.parallel,
-            params_dtype=config.training.params_dtype, recompute=config.training.recompute, ranks=ranks,
+            params_dtype=config.params_dtype, recompute=config.training.recompute, ranks=ranks,
             seed=config.seed, vocab_size=num_ids,
         )
         newest = checkpoint.latest_checkpoint(run.checkpoints, ranks)
@@ -96,8 +96,8 @@ def train(config: RunConfig) -> Path:
             checkpoint.load_weights(config.training.load_weights, model_chunks, ranks)
             log.info("weights of %s.", config.training.load_weights)
         optimizer = build_optimizer(
-            model_chunks, config.optimizer, parallel=config.parallel, params_dtype=config.training.params_dtype,
-            train_steps=blend.train_steps,
+            model_chunks, config.optimizer, parallel=config.parallel, params_dtype=config.params_dtype,
+            train_steps=blend.train_steps, fp16=config.fp16,
         )
         start_step, loss_state = 0, None
         if newest is not None:
@@ -193,7 +193,7 @@ def describe_run(config: RunConfig, processes: int | None) -> str:
         config.model, layout, padded_vocab_size=rows, seq_length=config.data.seq_length,
         micro_batch_size=training.micro_batch_size,
         num_microbatches=max(training.global_batch_size // (training.micro_batch_size * data_size), 1),
-        params_dtype=training.params_dtype, recompute=training.recompute, data_size=data_size,
+        params_dtype=config.params_dtype, recompute=training.recompute, data_size=data_size,
     )
     flops = flops_per_token(config.model, rows, config.data.seq_length)
     return (
