@@ -51,6 +51,7 @@ from megatron_xalign.formats.checkpoint_folder import (
     remove_leftovers,
     step_folder,
 )
+from megatron_xalign.names import FP8_STATE, MAIN_WEIGHT
 from megatron_xalign.topology import LocalPart, ObserverState, Ranks
 
 __all__ = [
@@ -60,9 +61,9 @@ __all__ = [
 EXTRA_KEYS = ("config", "consumed_samples", "tokenizer_sha256", "vocab_size")
 """What ``extra`` must hold, for resuming and for conversion."""
 
-_MAIN_WEIGHT = "optimizer.state.param."
 _OBSERVER = "observers."
-_EXTRA_STATE = "_extra_state"
+# What layers keep beside their weights: Transformer Engine's FP8 state (None elsewhere), and that of our FP8 layers.
+_LAYER_STATE = ("_extra_state", *FP8_STATE)
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ def load_weights(folder: str | Path, model_chunks: Sequence[Any], ranks: Ranks) 
     folder = Path(folder)
     manifest = read_manifest(folder)
     _check_files(folder, manifest, ranks)
-    _load_model(folder, model_chunks, weights_only=bool(manifest.get("weights_only")))
+    _load_model(folder, model_chunks, weights_only=True)
     return {"step": manifest["step"], "extra": manifest["extra"]}
 
 
@@ -477,24 +478,24 @@ def _optimizer_state(optimizer: Any, model_state: dict[str, Any], is_loading: bo
             del tensors["param"]
     for value in nested_values(state):
         if isinstance(value, (ShardedTensor, ShardedTensorFactory)):
-            value.key = value.key.replace("optimizer.state.fp32_param.", _MAIN_WEIGHT)
+            value.key = value.key.replace("optimizer.state.fp32_param.", MAIN_WEIGHT)
             if single_precision:
-                value.key = value.key.removeprefix(_MAIN_WEIGHT)
+                value.key = value.key.removeprefix(MAIN_WEIGHT)
     return state
 
 
 def _load_model(folder: Path, model_chunks: Sequence[Any], weights_only: bool = False) -> None:
     state = _model_state(model_chunks)
     if weights_only:
-        # What a converter writes has the numbers and none of the notes layers keep about themselves.
+        # Scales belong to the run that found them, and what a converter writes has none.
         state = {
-            chunk: {name: value for name, value in parts.items() if not name.endswith(_EXTRA_STATE)}
+            chunk: {name: value for name, value in parts.items() if not name.endswith(_LAYER_STATE)}
             for chunk, parts in state.items()
         }
     loaded = _load_with_core(state, folder)
     for number, chunk in enumerate(model_chunks):
         missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=not weights_only)
-        absent = [name for name in missing if not name.endswith(_EXTRA_STATE)]
+        absent = [name for name in missing if not name.endswith(_LAYER_STATE)]
         if absent or unexpected:
             raise CheckpointError(
                 f"checkpoint {folder} does not fit this model: {', '.join([*absent, *unexpected])} in one and not in "

@@ -12,6 +12,7 @@ import torch
 
 from megatron_xalign.batch import Batch, CurrentBatch
 from megatron_xalign.topology import Ranks
+from megatron_xalign.training.fp8_linear import end_step as end_fp8_step
 
 ForwardOnly = Callable[[Sequence[Batch]], list[torch.Tensor] | None]
 
@@ -59,6 +60,7 @@ def forward_backward(
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
     )
+    end_fp8_step(model_chunks)
 
 
 def build_forward_only(model_chunks: Sequence[Any], ranks: Ranks, current_batch: CurrentBatch) -> ForwardOnly:

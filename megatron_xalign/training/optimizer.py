@@ -13,6 +13,8 @@ import torch
 
 from megatron_xalign.config import Fp16Config, OptimizerConfig, ParallelConfig, ParamsDtype
 from megatron_xalign.errors import ConfigError, XAlignError
+from megatron_xalign.training import precision
+from megatron_xalign.training.backends import Choice, use_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -89,11 +91,11 @@ def build_optimizer(
     params_dtype: ParamsDtype,
     train_steps: int,
     fp16: Fp16Config | None = None,
+    choice: Choice | None = None,
 ) -> Optimizer:
     """Build AdamW and its schedule: linear warm-up from zero, then the decay, over ``train_steps``.
 
     As in Megatron, the first step of a warm-up has learning rate zero, and matrices are decayed while norms are not.
-    The kernel is Transformer Engine's or Apex's where installed, else torch's.
 
     Args:
         model_chunks: what ``build_model`` returned.
@@ -102,6 +104,8 @@ def build_optimizer(
         params_dtype: type of the model's weights; with ``bf16`` and ``fp16`` the optimizer keeps float32 main weights.
         train_steps: optimizer steps of the whole run; the learning rate ends there.
         fp16: how the loss is scaled with ``fp16``; the defaults if left out.
+        choice: whose kernel, as ``backends.choose`` found; left out, the one Megatron takes: Transformer Engine's or
+            apex's where installed, else torch's.
 
     Raises:
         ConfigError: the warm-up is as long as the run, or the installed Megatron-Core lacks a setting.
@@ -137,6 +141,9 @@ def build_optimizer(
         "params_dtype": {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[params_dtype],
         "use_distributed_optimizer": parallel.use_distributed_optimizer,
     }
+    if choice is not None:
+        use_optimizer(choice)
+        settings |= precision.optimizer_settings(choice.fp8 if choice.layers == "te" else None)
     scaled = (fp16 or Fp16Config()) if params_dtype == "fp16" else None
     if scaled is not None:
         settings |= dataclasses.asdict(scaled)
