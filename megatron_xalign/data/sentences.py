@@ -14,13 +14,15 @@ from __future__ import annotations
 import ast
 import hashlib
 import heapq
+import importlib
 import importlib.metadata
+import importlib.util
 import itertools
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -383,7 +385,7 @@ def _all_marks() -> str:
 
 
 def _language_variables(*, extra_ends: str = "", with_space: bool = False) -> Any:
-    """nltk's rules about where a sentence may end, with Python's own regular expressions.
+    """nltk's rules about where a sentence may end, without nltk's clock.
 
     nltk 3.10 gives each expression five seconds by the clock and raises TimeoutError after that, so on a busy machine a
     long document would fail that succeeds on an idle one. The expressions are linear in the text; they need no guard.
@@ -393,6 +395,8 @@ def _language_variables(*, extra_ends: str = "", with_space: bool = False) -> An
         with_space: white space after a sentence belongs to it, by Megatron-LM's rule.
     """
     from nltk.tokenize.punkt import PunktLanguageVars
+
+    re = _engine()
 
     class Variables(PunktLanguageVars):
         sent_end_chars = (*PunktLanguageVars.sent_end_chars, *extra_ends)
@@ -420,6 +424,14 @@ def _language_variables(*, extra_ends: str = "", with_space: bool = False) -> An
     return Variables()
 
 
+@cache
+def _engine() -> Any:
+    """The regular expressions of the installed nltk: to some a few control characters are white space."""
+    if importlib.util.find_spec("nltk.redos") is None:
+        return re
+    return importlib.import_module("regex")  # nltk itself requires it
+
+
 class _EndsWithSpace:
     """Possible sentence ends by Megatron-LM's ``--keep-newlines``: a word up to its last end mark, and white space.
 
@@ -428,11 +440,13 @@ class _EndsWithSpace:
     """
 
     def __init__(self, ends: str, non_word: str) -> None:
-        self._ends = re.compile(ends)
-        self._match = re.compile(rf"\S*{ends}\s*(?=(?P<after_tok>{non_word}|(?P<next_tok>\S+)))").match
+        engine = _engine()
+        self._words = engine.compile(r"\S+")
+        self._ends = engine.compile(ends)
+        self._match = engine.compile(rf"\S*{ends}\s*(?=(?P<after_tok>{non_word}|(?P<next_tok>\S+)))").match
 
     def finditer(self, text: str) -> Iterator[re.Match[str]]:
-        for word in re.finditer(r"\S+", text):
+        for word in self._words.finditer(text):
             if self._ends.search(text, word.start(), word.end()) and (match := self._match(text, word.start())):
                 yield match
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nltk.tabdata import PunktDecoder
 from nltk.tokenize.punkt import PunktLanguageVars, PunktSentenceTokenizer
@@ -59,6 +59,7 @@ def test_text_without_own_marks_is_split_as_nltk_splits_it(text: str) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(prose | anything)
+@example("?\x1f0")  # white space to some regular expressions, not to others
 def test_as_megatron_lm_is_nltk_and_nothing_else(text: str) -> None:
     oracle = PunktSentenceTokenizer(MODEL.parameters())
     assert SentenceSplitter(MODEL, as_megatron_lm=True).split(text) == oracle.tokenize(text)
@@ -72,6 +73,7 @@ class SpaceAfterSentence(PunktLanguageVars):
 
 @settings(max_examples=300, deadline=None)
 @given(prose | anything)
+@example("?\x1f0")
 def test_keep_newlines_as_megatron_lm_is_its_rule(text: str) -> None:
     oracle = PunktSentenceTokenizer(MODEL.parameters(), lang_vars=SpaceAfterSentence())
     splitter = SentenceSplitter(MODEL, as_megatron_lm=True, keep_newlines=True)
