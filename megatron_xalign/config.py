@@ -341,6 +341,10 @@ class DataConfig:
             return ()
 
 
+FP8_MULTIPLE_OF = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
+"""What both axes of a matrix must be a multiple of for each FP8 recipe."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fp8Config:
     """Matrix products of transformer layers in 8-bit floating point; everything else as in bf16 (docs/precision.md)."""
@@ -508,6 +512,8 @@ class CaptureConfig:
     """Whether per-language neuron sums are taken from the training batches."""
     stream_interval_steps: int = 1
     """Take the sums at every n-th step."""
+    quantized: bool = False
+    """Record neurons as an FP8 product reads them, not as they are before; with FP8 layers of this project only."""
 
     def __post_init__(self) -> None:
         for name in ("probe_interval_steps", "probe_batch_tokens", "stream_interval_steps"):
@@ -601,6 +607,14 @@ class RunConfig:
     def precision_name(self) -> str:
         """The precision in a few words: ``bf16``, ``FP8 (delayed, hybrid)``."""
         return self.params_dtype if self.fp8 is None else f"FP8 ({self.fp8.recipe}, {self.fp8.format})"
+
+    @property
+    def length_multiple_of(self) -> int:
+        """What the padded length of a batch must be a multiple of: whole FP8 blocks on every rank."""
+        if self.fp8 is None:
+            return 1
+        parts = self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
+        return FP8_MULTIPLE_OF[self.fp8.recipe] * parts
 
     @property
     def fp16(self) -> Fp16Config | None:

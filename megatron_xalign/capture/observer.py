@@ -9,6 +9,7 @@ for checkpoints: the sums since the last probe.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,12 @@ class NeuronObserver:
         self._probe = tuple(probe)
         self._probe_sha256 = probe_sha256(probe) if probe else ""
         self._languages = tuple(languages)
-        self._recorder = Recorder(model_chunks, ranks, current_batch)
+        self._recorder = Recorder(model_chunks, ranks, current_batch, quantized=self._capture.quantized)
         self._batches = build_probe_batches(
             probe, languages, eod_id, self._capture.probe_batch_tokens, config.data.seq_length,
-            multiple_of=ranks.tensor_size if self._recorder.sequence_parallel else 1,
+            multiple_of=math.lcm(
+                ranks.tensor_size if self._recorder.sequence_parallel else 1, config.length_multiple_of
+            ),
         )
         self._sums: StreamSums | None = None
         if self._capture.stream:

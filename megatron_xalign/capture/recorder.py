@@ -75,11 +75,17 @@ class Recorder:
         ranks: this process's place among the others.
         current_batch: tells which micro-batch the forward pass now running belongs to.
 
+        quantized: hand out neurons as the FP8 product after them reads them, not as they are before quantisation;
+            layers that compute in more bits are handed out as they are.
+
     Raises:
         ConfigError: the model has a setting under which the numbers could not be exact; the message names it.
     """
 
-    def __init__(self, model_chunks: Sequence[nn.Module], ranks: Ranks, current_batch: CurrentBatch) -> None:
+    def __init__(
+        self, model_chunks: Sequence[nn.Module], ranks: Ranks, current_batch: CurrentBatch, quantized: bool = False
+    ) -> None:
+        self._quantized = quantized
         self._current_batch = current_batch
         self._ranks = ranks
         found = _find_layers(model_chunks)
@@ -172,7 +178,11 @@ class Recorder:
             act_SBF = args[0] if args else None
             listener, micro_batch = self._enter("neurons", row, act_SBF)
             with torch.no_grad():
-                listener.take_neurons(row, args[0].detach(), micro_batch)
+                shown = args[0].detach()
+                if self._quantized:
+                    through_fp8: Any = module.quantised_copy
+                    shown = through_fp8(shown)
+                listener.take_neurons(row, shown, micro_batch)
 
         return hook
 

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_xalign.config import Fp8Config
+from megatron_xalign.config import FP8_MULTIPLE_OF, Fp8Config
 from megatron_xalign.names import FP8_STATE
-from megatron_xalign.training.precision import MULTIPLE_OF, is_bf16_layer
+from megatron_xalign.training.precision import is_bf16_layer
 
 INPUT, WEIGHT, GRADIENT = 0, 1, 2
 scaled_product_on_cpu = False
@@ -194,7 +194,7 @@ class _Product(torch.autograd.Function):
 
 def _whole_blocks(rows: torch.Tensor) -> torch.Tensor:
     """Rows of zeros behind, up to what the GPU's product takes; they change no sum."""
-    missing = -rows.shape[0] % MULTIPLE_OF["tensorwise"]
+    missing = -rows.shape[0] % FP8_MULTIPLE_OF["tensorwise"]
     return rows if not missing else torch.nn.functional.pad(rows, (0, 0, 0, missing))
 
 

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_xalign.config import Fp8Config, RunConfig
+from megatron_xalign.config import FP8_MULTIPLE_OF, Fp8Config, RunConfig
 from megatron_xalign.errors import ConfigError
 
 Implementation = Literal["te", "own"]
@@ -21,8 +21,6 @@ _RECIPES = (
     ((9, 0), ("delayed", "tensorwise", "blockwise")),
     ((8, 9), ("delayed", "tensorwise")),
 )
-# What both axes of a matrix must be a multiple of.
-MULTIPLE_OF = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 # The first Transformer Engine that Megatron-Core asks for each.
 _TE_SINCE = {"delayed": "1.8.0", "tensorwise": "2.2.0", "blockwise": "2.3.0", "mxfp8": "2.1.0"}
 OWN_RECIPES = ("delayed", "tensorwise")
@@ -75,6 +73,8 @@ def check(config: RunConfig, implementation: Implementation, device: Device, te_
         )
     fp8 = config.fp8
     if fp8 is None:
+        if config.capture is not None and config.capture.quantized:
+            raise ConfigError("capture.quantized=true has nothing to show without precision: {fp8: ...}; leave it out.")
         return
     _check_device(fp8, implementation, device)
     if implementation == "te":
@@ -120,14 +120,6 @@ def is_bf16_layer(fp8: Fp8Config, layer: int, num_layers: int) -> bool:
     return fp8.first_last_layers_bf16 and (
         layer < fp8.num_layers_at_start_in_bf16 or layer >= num_layers - fp8.num_layers_at_end_in_bf16
     )
-
-
-def tokens_multiple_of(config: RunConfig) -> int:
-    """What the padded length of a batch must be a multiple of, for matrix products in FP8 by Transformer Engine."""
-    if config.fp8 is None:
-        return 1
-    parallel = config.parallel
-    return MULTIPLE_OF[config.fp8.recipe] * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
 
 
 def _said(config: RunConfig) -> str:
@@ -230,7 +222,7 @@ def _check_param_gather(config: RunConfig, fp8: Fp8Config) -> None:
 
 def _check_multiples(config: RunConfig, fp8: Fp8Config) -> None:
     """Both axes of every matrix, on one rank, must be whole blocks; a ragged one fails in the middle of a kernel."""
-    model, parallel, multiple = config.model, config.parallel, MULTIPLE_OF[fp8.recipe]
+    model, parallel, multiple = config.model, config.parallel, FP8_MULTIPLE_OF[fp8.recipe]
     tensor = parallel.tensor_model_parallel_size
     query, key = model.num_attention_heads * model.head_size, model.query_groups * model.head_size
     tokens = config.data.seq_length * config.training.micro_batch_size
@@ -264,7 +256,7 @@ def _check_recompute(config: RunConfig, fp8: Fp8Config, implementation: Implemen
 
 
 def _check_capture(config: RunConfig, implementation: Implementation) -> None:
-    if implementation == "te" and config.capture is not None and getattr(config.capture, "quantized", False):
+    if implementation == "te" and config.capture is not None and config.capture.quantized:
         raise ConfigError(
             "capture.quantized=true reads what this project's own FP8 layers quantise (backend.layers=local); "
             "Transformer Engine keeps its copy to itself. Leave it out: neurons are then recorded before quantisation."

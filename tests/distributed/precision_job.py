@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from checkpoint_job import LANGUAGES
 
 from megatron_xalign import topology
@@ -158,3 +159,79 @@ def _train(
                 "metrics": again.fit(resume_from), "weights": again.weights(), "scales": again.scales()
             }
     return found
+
+
+def accepted(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What Megatron's own configs hold after being built from FP8 settings of ours."""
+    from megatron_xalign import platform
+    from megatron_xalign.config import Fp8Config
+    from megatron_xalign.training import precision
+
+    platform.install()
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer import TransformerConfig
+
+    found = []
+    for tree in settings:
+        fp8 = from_tree(Fp8Config, tree)
+        given = precision.megatron_settings(fp8)
+        built = TransformerConfig(num_layers=4, hidden_size=64, num_attention_heads=4, bf16=True, **given)
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, **precision.data_parallel_settings(fp8))
+        optimizer = OptimizerConfig(optimizer="adam", **precision.optimizer_settings(fp8))
+        kept = {name: getattr(built, name) for name in given}
+        found.append({
+            "same": kept == given, "param_gather": ddp.fp8_param_gather, "recipe": str(optimizer.fp8_recipe)
+        })
+    return found
+
+
+class Listener:
+    """Keeps the neurons of every layer."""
+
+    wants_residual = False
+
+    def __init__(self) -> None:
+        self.neurons: list[torch.Tensor] = []
+
+    def take_neurons(self, row: int, act_SBF: torch.Tensor, micro_batch: object) -> None:
+        self.neurons.append(act_SBF.clone())
+
+    def take_gates(self, row: int, gate_SBF: torch.Tensor, micro_batch: object) -> None: ...
+
+    def take_residual(self, row: int, hidden_SBH: torch.Tensor, micro_batch: object) -> None: ...
+
+
+def captured(folder: str) -> dict[str, Any]:
+    """What the recorder is shown before and after quantisation, beside what each product was given."""
+    from megatron_xalign.capture.recorder import Recorder
+    from megatron_xalign.training.forward import build_forward_only
+
+    fp8 = {"recipe": "delayed", "amax_history_len": 4, "first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 0}
+    config = configure(3, precision={"fp8": fp8})
+    with topology.start(config.parallel, seed=1) as ranks:
+        run = Run(Path(folder), ranks, config)
+        run.fit(0)
+        current = CurrentBatch()
+        forward, batch = build_forward_only(run.chunks, ranks, current), get_batch([700, 701])
+        shown = {}
+        before = run.scales()
+        for quantized in (False, True):
+            recorder, listener = Recorder(run.chunks, ranks, current, quantized=quantized), Listener()
+            recorder.start(listener)
+            forward([batch])
+            recorder.stop(1)
+            shown[quantized] = listener.neurons
+        layers = run.chunks[0].module.module.decoder.layers
+        steps = [  # how far apart neighbouring numbers of the grid are at the largest value
+            float((high - low).abs().max() / high.abs().max())
+            for high, low in zip(shown[False], shown[True], strict=True)
+        ]
+        on_grid = [
+            torch.equal(layer.mlp.linear_fc2.quantised_copy(seen), seen)
+            for layer, seen in zip(layers, shown[True], strict=True)
+        ]
+        return {
+            "steps": steps, "on grid": on_grid, "same state": run.scales() == before,
+            "types": sorted({str(seen.dtype) for kind in shown.values() for seen in kind}),
+        }

@@ -167,3 +167,23 @@ def test_export_takes_the_weights_and_where_they_were_in_fp8_the_main_weights(
     assert torch.equal(gathered[hf_name], main) and set(gathered) == set(exported)
     halved = load_file(to_hf(checkpoint, tmp_path / "halved") / "model.safetensors")
     assert all(torch.equal(halved[key], exported[key]) for key in exported)
+
+
+def test_megatrons_configs_accept_the_fields_and_keep_their_values() -> None:
+    settings: list[dict[str, Any]] = [
+        {"recipe": "delayed", "format": "e4m3", "margin": 2, "amax_history_len": 8, "amax_compute_algo": "most_recent"},
+        {"recipe": "tensorwise", "first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 2},
+        {"recipe": "blockwise", "param_gather": True}, {"recipe": "mxfp8"},
+    ]
+    (found,) = run_processes(JOB, "accepted", {"settings": settings})
+    for asked, built in zip(settings, found, strict=True):
+        assert built == {"same": True, "param_gather": "param_gather" in asked, "recipe": asked["recipe"]}
+
+
+def test_capture_sees_neurons_before_or_after_quantisation(tmp_path: Path) -> None:
+    (seen,) = run_processes(JOB, "captured", {"folder": str(tmp_path)})
+    first, *others = seen["steps"]
+    assert first == 0  # the layer that stays in bf16
+    # Half a step of E4M3 at its largest numbers is a sixteenth of them; rounding to bf16 comes on top.
+    assert all(0.001 < step < 1 / 16 + 0.01 for step in others)
+    assert seen["on grid"] == [True] * 4 and seen["same state"] and seen["types"] == ["torch.bfloat16"]
