@@ -1,5 +1,9 @@
 """One function per job, readable as a paragraph; the only place where rooms meet."""
 
+from megatron_xalign.workflows.capturing import (
+    capture,
+    describe_capture,
+)
 from megatron_xalign.workflows.conversion import (
     CHECK_FILE,
     check_hf,
@@ -41,11 +45,13 @@ __all__ = [
     "CHECK_FILE",
     "analyze",
     "audit_blend",
+    "capture",
     "check_hf",
     "compare_series",
     "convert_from_hf",
     "convert_to_hf",
     "corpus_languages",
+    "describe_capture",
     "describe_run",
     "is_converted",
     "is_trained",
