@@ -517,6 +517,40 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Tokens that are kept with their text, to see what chosen neurons fire on."""
+
+    neurons: dict[str, tuple[int, ...]]
+    """Layer to neurons, both counting from 0: ``{3: [17, 40]}``."""
+    tokens_per_language: int = 256
+    """Tokens of each language kept of a window, drawn without regard to activations."""
+    top: int = 16
+    """Tokens of the largest activations kept for each neuron."""
+    context_tokens: int = 16
+    """Tokens of text kept on either side."""
+    seed: int = 1234
+    """Of the draw."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens_per_language", "top"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
+        _require(self.context_tokens >= 0, f"context_tokens={self.context_tokens} is negative.")
+        _require(0 <= self.seed < 1 << 32, f"seed={self.seed} is outside 0..4294967295.")
+        for layer, neurons in self.neurons.items():
+            _require(layer.isdecimal(), f"neurons.{layer}: layers are numbers from 0, such as {{3: [17, 40]}}.")
+            _require(
+                bool(neurons) and min(neurons) >= 0 and len(set(neurons)) == len(neurons),
+                f"neurons.{layer}={list(neurons)} must be different numbers from 0.",
+            )
+        _require(bool(self.neurons), "neurons={} names no neuron; {3: [17, 40]} names two of layer 3.")
+
+    @property
+    def chosen(self) -> list[tuple[int, int]]:
+        """(layer, neuron) of each, in order."""
+        return sorted((int(layer), neuron) for layer, neurons in self.neurons.items() for neuron in neurons)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CaptureConfig:
     """What is recorded of the model's insides while it trains (docs/capture.md)."""
 
@@ -534,6 +568,8 @@ class CaptureConfig:
     """Whether the stream also sums the residual stream, per language and coordinate."""
     stream_attention: bool = False
     """Whether it also sums what attention adds to the residual stream."""
+    sample: SampleConfig | None = None
+    """Neurons whose tokens are kept with their text; none if left out."""
     score_pairs: int = 512
     """Probe pairs that scores (``scores.jsonl``) are computed on at every probe; 0: no scores."""
     on_error: Literal["stop", "disable"] = "stop"
@@ -616,6 +652,13 @@ class RunConfig:
             f"parallel.pipeline_model_parallel_size={pipeline}.",
         )
         captured = self.capture.layers if self.capture is not None else None
+        sampled = self.capture.sample.chosen if self.capture is not None and self.capture.sample is not None else []
+        for layer, neuron in sampled:
+            _require(
+                layer in (captured or range(self.model.num_layers)) and neuron < self.model.ffn_hidden_size,
+                f"capture.sample.neurons names neuron {neuron} of layer {layer}, which is not captured: layers are "
+                f"{list(captured or range(self.model.num_layers))}, neurons 0 to {self.model.ffn_hidden_size - 1}.",
+            )
         _require(
             captured is None or captured[-1] < self.model.num_layers,
             f"capture.layers={captured} names layers beyond the {self.model.num_layers} of model.num_layers, which "

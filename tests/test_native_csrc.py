@@ -11,7 +11,7 @@ import pytest
 
 TESTS = Path(__file__).parents[1] / "csrc" / "tests"
 SANITIZERS = {"--sanitize": "address,undefined", "--threads": "thread"}
-THREADED = ["test_stream", "fuzz_stream"]
+THREADED = ["test_average_precision", "test_stream", "fuzz_stream"]
 """Programs of the only files that start threads."""
 
 
@@ -44,6 +44,13 @@ def test_all_programs_pass_under_the_address_and_undefined_behaviour_sanitizers(
 def test_no_two_threads_meet_in_what_starts_threads() -> None:
     done = run("--threads", *THREADED)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_file_that_starts_threads_is_watched() -> None:
+    starting = {
+        path.stem for path in (TESTS.parent / "src").glob("*.cpp") if '"parallel.h"' in path.read_text(encoding="utf-8")
+    }
+    assert {f"test_{name}" for name in starting} <= set(THREADED)
 
 
 def test_every_header_is_tested_or_fuzzed() -> None:

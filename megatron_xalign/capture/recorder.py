@@ -57,6 +57,37 @@ class Listener(Protocol):
         """Residual row ``Recorder.residual_rows[row]`` at ``micro_batch.positions``."""
 
 
+class Together:
+    """Several listeners as one."""
+
+    def __init__(self, listeners: Sequence[Any]) -> None:
+        self.wants_residual = any(listener.wants_residual for listener in listeners)
+        self.wants_attention = any(getattr(listener, "wants_attention", False) for listener in listeners)
+        self._listeners = listeners
+
+    def take_neurons(self, row: int, act_SBF: torch.Tensor, micro_batch: MicroBatch) -> None:
+        """Hand over to each."""
+        for listener in self._listeners:
+            listener.take_neurons(row, act_SBF, micro_batch)
+
+    def take_gates(self, row: int, gate_SBF: torch.Tensor, micro_batch: MicroBatch) -> None:
+        """Hand over to each."""
+        for listener in self._listeners:
+            listener.take_gates(row, gate_SBF, micro_batch)
+
+    def take_residual(self, row: int, hidden_SBH: torch.Tensor, micro_batch: MicroBatch) -> None:
+        """Hand over to those that want it."""
+        for listener in self._listeners:
+            if listener.wants_residual:
+                listener.take_residual(row, hidden_SBH, micro_batch)
+
+    def take_attention(self, row: int, output_SBH: torch.Tensor, micro_batch: MicroBatch) -> None:
+        """Hand over to those that want it."""
+        for listener in self._listeners:
+            if getattr(listener, "wants_attention", False):
+                listener.take_attention(row, output_SBH, micro_batch)
+
+
 Take = Callable[[int, Any, "MicroBatch"], None]
 
 

@@ -13,6 +13,7 @@ from megatron_xalign.config import DataConfig, RunConfig, to_tree, to_yaml
 from megatron_xalign.errors import CheckpointError, ConfigError, CorpusError
 from megatron_xalign.formats.atomic import write_json
 from megatron_xalign.formats.run_folder import RunFolder, check_same_run, command_line, start_run
+from megatron_xalign.job_script import check_processes
 
 log = logging.getLogger(__name__)
 
@@ -218,6 +219,8 @@ def describe_run(config: RunConfig, processes: int | None) -> str:
     from megatron_xalign.training.model import padded_vocab_size
     from megatron_xalign.training.sizes import flops_per_token, memory_by_stage, num_parameters
 
+    if processes is not None:
+        check_processes(config, processes)
     _, table, _ = audit_blend(config)
     layout, training = config.parallel, config.training
     tokenizer = Tokenizer.load(_required(config.data.tokenizer, "data.tokenizer"))
