@@ -33,7 +33,7 @@ def configure(steps: int, save_every: int | None = None, **settings: Any) -> Run
             "train_steps": steps, "global_batch_size": BATCH, "micro_batch_size": 2, "log_interval_steps": 1,
             "save_interval_steps": save_every or steps,
         } | settings.pop("training", {}),
-        "backend": {"layers": "local"},
+        "backend": {"layers": "local"} | settings.pop("backend", {}),
         **settings,
     })
 
@@ -56,14 +56,14 @@ def get_batch(numbers: list[int]) -> Batch:
 class Run:
     """One run on the layout of its config."""
 
-    def __init__(self, folder: Path, ranks: topology.Ranks, config: RunConfig) -> None:
+    def __init__(self, folder: Path, ranks: topology.Ranks, config: RunConfig, found: Any = None) -> None:
         from megatron_xalign.training import backends
         from megatron_xalign.training.model import build_model
         from megatron_xalign.training.optimizer import build_optimizer
 
         self.folder, self.ranks, self.config = folder, ranks, config
         folder.mkdir(parents=True, exist_ok=True)
-        choice = backends.choose(config, backends.look())
+        choice = backends.choose(config, found or backends.look())
         self.described = choice.describe()
         self.chunks = build_model(
             config.model, padded_vocab_size=VOCAB, seq_length=LENGTH, parallel=config.parallel,

@@ -146,7 +146,7 @@ def install() -> None:
 
     manager = type("FP8GlobalStateManager", (), {"is_fp8_enabled": staticmethod(lambda: False)})
     tracker = type("CudaRNGStatesTracker", (), {"__init__": lambda self: None})
-    top = module("transformer_engine", __version__="2.9.0")
+    top = module("transformer_engine", __version__="2.6.0")
     top.__spec__ = None
     formats = enum.Enum("Format", ["E4M3", "HYBRID"])
     module("transformer_engine.common")
