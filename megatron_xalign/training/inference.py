@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_xalign import topology
-from megatron_xalign.config import ParallelConfig, RunConfig, from_tree
+from megatron_xalign.config import ParallelConfig, ParamsDtype, RunConfig, from_tree
 from megatron_xalign.errors import CheckpointError
 from megatron_xalign.formats.checkpoint_folder import MANIFEST, read_manifest
 from megatron_xalign.training.checkpoint import load_weights, unwrap
-from megatron_xalign.training.model import ParamsDtype, build_model, padded_vocab_size
+from megatron_xalign.training.model import build_model, padded_vocab_size
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 """Token ids int64 [B, S] to logits float32 [B, S, V], V without padding."""

@@ -180,6 +180,7 @@ def fit(
                 seconds = time.monotonic() - interval_start
                 line = metrics = {
                     "step": done, "consumed_tokens": done * step_tokens, **means, "grad_norm": grad_norm, "lr": lr,
+                    **({} if optimizer.loss_scale is None else {"loss_scale": optimizer.loss_scale}),
                     **speed_of(
                         interval_tokens / max(compute_seconds, 1e-9), flops_per_token, ranks.world_size, ranks.device
                     ),
