@@ -601,7 +601,7 @@ class LoggingConfig:
     mlflow_experiment: str | None = None
     """Experiment of MLflow; none if left out."""
     mlflow_tracking_uri: str | None = None
-    """MLflow's server; a folder of the run if left out."""
+    """MLflow's server; ``MLFLOW_TRACKING_URI``, or else a folder of the run, if left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -745,6 +745,18 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), into: type[Conf
         ConfigError: the file is missing or not YAML, a key is unknown, or a value does not fit.
     """
     target: type[Any] = into or RunConfig
+    tree = read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    return typing.cast(ConfigType, from_tree(target, tree))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file of settings as plain values.
+
+    Raises:
+        ConfigError: it is missing, not YAML, or not a mapping.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -758,9 +770,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), into: type[Conf
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {path} holds a {type(tree).__name__}; a mapping of settings is expected.")
-    for override in overrides:
-        _apply_override(tree, override)
-    return typing.cast(ConfigType, from_tree(target, tree))
+    return tree
 
 
 def from_tree(target: type[ConfigType], tree: Mapping[str, Any], path: str = "") -> ConfigType:

@@ -35,7 +35,7 @@ from megatron_xalign.capture.probe import (
 )
 from megatron_xalign.capture.recorder import Recorder, Together
 from megatron_xalign.capture.samples import NeuronSamples
-from megatron_xalign.capture.scores import ScoreFunctions, append_scores, score_probe
+from megatron_xalign.capture.scores import ScoreFunctions, append_scores, numbers_by_layer, score_probe
 from megatron_xalign.capture.writing import agree, error_of, holds_totals, residual_columns, write_statistics
 from megatron_xalign.config import RunConfig, to_tree
 from megatron_xalign.errors import CheckpointError, ConfigError
@@ -232,7 +232,7 @@ class NeuronObserver:
                 self._window_first = None
                 if self._scores and isinstance(metrics, MutableMapping):
                     # For observers that hear of this step later: the first in the run's list is the last.
-                    metrics["scores"] = self._scores
+                    metrics["scores"] = numbers_by_layer(self._scores)
 
     def after_save(self, step: int, path: Path) -> None:
         """Nothing: what is captured travels in the checkpoint."""

@@ -39,6 +39,20 @@ class LoadedModel:
     step: int
     """Finished optimizer steps."""
 
+    @property
+    def layers(self) -> list[torch.nn.Module]:
+        """This process's blocks in order; their output is [S, B, H], first of a tuple."""
+        return [layer for chunk in self.model_chunks for layer in unwrap(chunk).decoder.layers]
+
+    @torch.no_grad()
+    def logits(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        """float32 [B, S, vocabulary] on the CPU, of a model that lies on this process alone."""
+        device = self.ranks.device
+        tokens = tokens_BS.to(device)
+        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+        logits_BSV: torch.Tensor = unwrap(self.model_chunks[0])(tokens, positions, None)
+        return logits_BSV[..., : self.vocab_size].float().cpu()
+
 
 def read_checkpoint(checkpoint: str | Path) -> tuple[RunConfig, int, int]:
     """The config of the run that wrote a checkpoint, ids of its tokenizer, and finished steps.
@@ -92,13 +106,4 @@ def load_for_inference(checkpoint: str | Path) -> Iterator[Logits]:
         ValueError: this process already belongs to a job.
     """
     with load_model(checkpoint) as loaded:
-        model, device = unwrap(loaded.model_chunks[0]), loaded.ranks.device
-
-        @torch.no_grad()
-        def logits_of(tokens_BS: torch.Tensor) -> torch.Tensor:
-            tokens = tokens_BS.to(device)
-            positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-            logits_BSV: torch.Tensor = model(tokens, positions, None)
-            return logits_BSV[..., : loaded.vocab_size].float().cpu()
-
-        yield logits_of
+        yield loaded.logits

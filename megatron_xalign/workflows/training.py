@@ -151,7 +151,8 @@ def train(config: RunConfig) -> Path:
             return saver.save(step, extra, states)
 
         if ranks.rank == 0:
-            observers += build_trackers(config, run.path, start_step)
+            # First in the list, so the last to hear of a step: capture has added its scores by then.
+            observers[:0] = build_trackers(config, run.path, start_step)
         heartbeat = Heartbeat(
             ranks, 0.8 * config.parallel.distributed_timeout_seconds, config.parallel.heartbeat_interval_seconds,
             launch.end_stuck_job,
