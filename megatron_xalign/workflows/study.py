@@ -92,7 +92,9 @@ def report(
     if commands is None:
         commands = [" ".join(start["command"]) for run in runs for start in RunFolder(run).facts()["starts"]]
     claims = claims_tree(weigh_claims(runs, controls)) if len(runs) > 1 else []
-    write_json(Path(out) / COMPARISON, _comparison(runs))
+    # A trend over fractions must not take shuffled pairs for pairs.
+    series = [run for run in runs if RunFolder(run).config().name not in (controls or {})]
+    write_json(Path(out) / COMPARISON, _comparison(series))
     return write_report(
         list(runs), out, claims=claims, title=title, commands=list(commands), corpus=corpus, hf=dict(hf or {}),
         controls=dict(controls or {}), missing=dict(missing or {}),
