@@ -62,6 +62,8 @@ def _comparison(runs: Sequence[Path]) -> dict[str, Any]:
     from megatron_xalign.analysis.comparison import compare_runs
     from megatron_xalign.formats.results import read_results
 
+    if not runs:
+        return {"not_compared": "every run belongs to a control."}
     results = [read_results(RunFolder(run).analysis) for run in runs]
     try:
         return compare_runs(results)
