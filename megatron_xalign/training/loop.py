@@ -16,6 +16,7 @@ from megatron_xalign.errors import ConfigError, StoppedEarly, XAlignError
 from megatron_xalign.progress import progress_bar
 from megatron_xalign.topology import ObserverState, Ranks
 from megatron_xalign.training.forward import forward_backward
+from megatron_xalign.training.heartbeat import Heartbeat
 from megatron_xalign.training.metrics import LossSums, append_metrics, truncate_metrics
 from megatron_xalign.training.optimizer import Optimizer
 from megatron_xalign.training.speed import speed_of
@@ -88,6 +89,8 @@ def fit(
     current_batch: CurrentBatch | None = None,
     start_step: int = 0,
     loss_state: LossState | None = None,
+    heartbeat: Heartbeat | None = None,
+    completed: Callable[[bool], Sequence[tuple[int, Path]]] | None = None,
 ) -> dict[str, Any]:
     """Train from ``start_step`` to ``config.train_steps``.
 
@@ -111,6 +114,10 @@ def fit(
         current_batch: tells hooks of observers which micro-batch is running.
         start_step: optimizer steps already done.
         loss_state: the loss sums that were saved with ``start_step``.
+        heartbeat: told where this process is.
+        completed: for saves that go on while training does: steps and paths of those that were completed since the
+            last call, the same on every process; with True it waits for all that are under way. ``save`` then returns
+            when the state is copied. Left out, a save is complete when ``save`` returns.
 
     Returns:
         The last line of metrics; empty if there was nothing left to do.
@@ -129,6 +136,7 @@ def fit(
         truncate_metrics(metrics_path, start_step)
     line: dict[str, Any] = {}
     with ExitStack() as stack:
+        at = stack.enter_context(heartbeat).at if heartbeat is not None else _nowhere
         for observer in observers:
             stack.callback(observer.close)
         stop = stack.enter_context(StopRequest(ranks, config.exit_duration_minutes))
@@ -138,9 +146,10 @@ def fit(
         interval_start, compute_seconds, interval_tokens = time.monotonic(), 0.0, 0
         for step in range(start_step, config.train_steps):
             for observer in observers:
-                with _named(observer, "before_step", step):
+                with _named(observer, "before_step", step, at):
                     observer.before_step(step)
             step_start = time.monotonic()
+            at(step, "reading samples")
             batches = [
                 get_batch(sample_numbers(step, microbatch, config, ranks)).to(ranks.device)
                 for microbatch in range(num_microbatches)
@@ -149,7 +158,9 @@ def fit(
             for chunk in model_chunks:
                 chunk.zero_grad_buffer()
             optimizer.zero_grad()
+            at(step, "in forward and backward passes")
             forward_backward(model_chunks, batches, current_batch, losses.add)
+            at(step, "moving the weights")
             with _at_step(step + 1):
                 grad_norm, lr = optimizer.step()
             done = step + 1
@@ -181,25 +192,39 @@ def fit(
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed}", refresh=False)
                 interval_start, compute_seconds, interval_tokens = time.monotonic(), 0.0, 0
             for observer in reversed(observers):
-                with _named(observer, "after_step", done):
+                with _named(observer, "after_step", done, at):
                     observer.after_step(done, metrics)
+            at(done, "ending the step")
             reason = stop.agreed() if done < config.train_steps else None
             if done % config.save_interval_steps == 0 or done == config.train_steps or reason:
                 loss_sums = losses.state()
                 stateful = [observer for observer in observers if isinstance(observer, StatefulObserver)]
                 states = {observer.name: observer.state() for observer in stateful}
+                at(done, "saving", False)
                 path = save(done, loss_sums, states)
                 # A resumed run goes on from the rounded sums of the checkpoint; so does this one, to the same last bit.
                 losses.restore(loss_sums)
                 for observer in stateful:
                     observer.restore(states[observer.name])
-                for observer in observers:
-                    with _named(observer, "after_save", done):
-                        observer.after_save(done, path)
+                if completed is None:
+                    _saved(observers, done, path, at)
+            if completed is not None:
+                for saved, place in completed(bool(reason) or done == config.train_steps):
+                    _saved(observers, saved, place, at)
             bar.update(1)
             if reason:
                 raise StoppedEarly(f"stopped after step {done} of {config.train_steps} because {reason}; saved {path}.")
     return line
+
+
+def _saved(observers: Sequence[Observer], step: int, path: Path, at: Callable[..., None]) -> None:
+    for observer in observers:
+        with _named(observer, "after_save", step, at):
+            observer.after_save(step, path)
+
+
+def _nowhere(step: int, place: str, bounded: bool = True) -> None:
+    """Nobody wants to know."""
 
 
 def sample_numbers(step: int, microbatch: int, config: TrainingConfig, ranks: Ranks) -> list[int]:
@@ -232,8 +257,9 @@ def _num_microbatches(config: TrainingConfig, ranks: Ranks) -> int:
 
 
 @contextmanager
-def _named(observer: Observer, moment: str, step: int) -> Iterator[None]:
+def _named(observer: Observer, moment: str, step: int, at: Callable[..., None]) -> Iterator[None]:
     """Say in an error which observer stopped the run, and when."""
+    at(step, f"in {type(observer).__name__}.{moment}", False)
     try:
         yield
     except Exception as error:

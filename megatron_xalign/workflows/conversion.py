@@ -19,7 +19,7 @@ def convert_to_hf(source: Path, out: Path, *, dtype: str = "float32", tokenizer:
     """Write a checkpoint (or a run's newest) as a Hugging Face folder; return it."""
     from megatron_xalign.convert.to_hf import to_hf
 
-    checkpoint = checkpoint_of(source)
+    checkpoint = _checkpoint_of(source)
     return to_hf(checkpoint, out, tokenizer=tokenizer, dtype=dtype)
 
 
@@ -42,7 +42,7 @@ def check_hf(source: Path, hf: Path, *, record: bool = True) -> dict[str, Any]:
     from megatron_xalign.formats.checkpoint_folder import read_manifest
     from megatron_xalign.training.inference import load_for_inference
 
-    checkpoint = checkpoint_of(source)
+    checkpoint = _checkpoint_of(source)
     config = from_tree(RunConfig, read_manifest(checkpoint)["extra"]["config"])
     with load_for_inference(checkpoint) as megatron_logits:
         report = check(checkpoint, hf, _check_texts(config, hf), megatron_logits)
@@ -55,7 +55,7 @@ def check_hf(source: Path, hf: Path, *, record: bool = True) -> dict[str, Any]:
 def is_converted(source: Path, hf: Path) -> bool:
     """Whether a Hugging Face folder was made from this checkpoint and passed its check."""
     path = hf / CHECK_FILE
-    return path.is_file() and read_json(path)["checkpoint_manifest_sha256"] == _manifest_hash(checkpoint_of(source))
+    return path.is_file() and read_json(path)["checkpoint_manifest_sha256"] == _manifest_hash(_checkpoint_of(source))
 
 
 def _check_texts(config: RunConfig, hf: Path, most: int = 32) -> list[Any]:
@@ -79,7 +79,7 @@ def _manifest_hash(checkpoint: Path) -> str:
     return sha256_of(checkpoint / MANIFEST)
 
 
-def checkpoint_of(source: Path) -> Path:
+def _checkpoint_of(source: Path) -> Path:
     """A checkpoint folder itself, or the newest whole one of a run folder."""
     from megatron_xalign.formats import checkpoint_folder
 

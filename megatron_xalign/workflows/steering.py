@@ -13,7 +13,7 @@ from typing import Any
 from megatron_xalign import __version__
 from megatron_xalign.errors import ConfigError, CorpusError, FormatError
 from megatron_xalign.formats.atomic import sha256_of, whole_folder
-from megatron_xalign.workflows.conversion import checkpoint_of
+from megatron_xalign.workflows.conversion import _checkpoint_of
 
 log = logging.getLogger(__name__)
 
@@ -225,11 +225,13 @@ def _model(folder: Path) -> Iterator[tuple[Any, Any]]:
         yield HfModel.load(folder), Tokenizer.load(folder)
         return
     from megatron_xalign.steering.models import MegatronModel
-    from megatron_xalign.training.inference import load_model
+    from megatron_xalign.training.checkpoint import unwrap
+    from megatron_xalign.training.inference import load_model, logits_function
 
-    with load_model(checkpoint_of(folder)) as loaded:
+    with load_model(_checkpoint_of(folder)) as loaded:
         tokenizer = Tokenizer.load(loaded.config.data.tokenizer)
-        yield MegatronModel(loaded.logits, loaded.layers, loaded.vocab_size), tokenizer
+        layers = list(unwrap(loaded.model_chunks[0]).decoder.layers)
+        yield MegatronModel(logits_function(loaded), layers, loaded.vocab_size), tokenizer
 
 
 def _prompts(options: SteerOptions) -> tuple[list[str], list[str]]:
