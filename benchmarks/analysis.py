@@ -4,7 +4,7 @@
 
 Average precision: 4,000 sentences of two languages, 132,096 neurons (24 layers of 5,504), both languages. The peer is a
 loop over neurons and languages around scikit-learn's `average_precision_score`; it is linear in neurons, so it runs on
-some of them and is scaled up, which the answer says. PWCCA: 20,000 sentences, 2,048 features, float32. The peers hold
+some of them, copied to lie together, and is scaled up, which the answer says. PWCCA: 20,000 sentences, 2,048 features, float32. The peers hold
 all sentences: the recipe of google/svcca (covariance, pseudo-inverses, SVD, projections and their QR), which studies
 run, for `svcca`; and a singular value decomposition of each representation and of their product for `definition`. Ours
 sees blocks of 500 sentences and keeps sums. Of rank-deficient input the peer's value is compared with --quick only. One
@@ -65,12 +65,13 @@ def _average_precision(quick: bool, rounds: int) -> list[dict[str, Any]]:
     language_D = np.repeat([0, 1], per_language)
     scores_DN = _scores(language_D, num_neurons)
     every = num_neurons // num_looped
+    # Each neuron's scores together: in the whole array the loop would also wait for memory.
+    looped_ND = np.ascontiguousarray(scores_DN[:, : num_looped * every : every].T)
 
     def loop() -> np.ndarray:
         return np.array([
             [
-                average_precision_score(language_D == language, scores_DN[:, neuron * every])
-                for neuron in range(num_looped)
+                average_precision_score(language_D == language, looped_D) for looped_D in looped_ND
             ]
             for language in (0, 1)
         ])

@@ -14,7 +14,7 @@ from megatron_xalign.formats.atomic import write_json
 
 VERBS = (
     "quickstart", "corpus", "tokenizer", "preprocess", "verify", "merge", "stats", "pairing",
-    "blend", "train", "launch", "import-args", "capture", "neurons", "analyze", "steer", "convert", "report",
+    "blend", "train", "launch", "import-args", "capture", "neurons", "analyze", "steer", "ablate", "convert", "report",
     "study", "doctor",
 )
 
