@@ -4,12 +4,12 @@
 
 Average precision: 4,000 sentences of two languages, 132,096 neurons (24 layers of 5,504), both languages. The peer is a
 loop over neurons and languages around scikit-learn's `average_precision_score`; it is linear in neurons, so it runs on
-some of them, copied to lie together, and is scaled up, which the answer says. PWCCA: 20,000 sentences, 2,048 features, float32. The peers hold
-all sentences: the recipe of google/svcca (covariance, pseudo-inverses, SVD, projections and their QR), which studies
-run, for `svcca`; and a singular value decomposition of each representation and of their product for `definition`. Ours
-sees blocks of 500 sentences and keeps sums. Of rank-deficient input the peer's value is compared with --quick only. One
-thread each (OMP_NUM_THREADS=1), and ours of average precision with two as well. CPU seconds; contestants take turns,
-each PWCCA in a process of its own, so that its memory is its own.
+some of them, copied to lie together, and is scaled up, which the answer says. PWCCA: 20,000 sentences, 2,048 features,
+float32. The peers hold all sentences: the recipe of google/svcca (covariance, pseudo-inverses, SVD, projections and
+their QR), which studies run, for `svcca`; and a singular value decomposition of each representation and of their
+product for `definition`. Ours sees blocks of 500 sentences and keeps sums. Of rank-deficient input the peer's value is
+compared with --quick only. One thread each (OMP_NUM_THREADS=1), and ours of average precision with two as well. CPU
+seconds; contestants take turns, each PWCCA in a process of its own, so that its memory is its own.
 """
 
 from __future__ import annotations
