@@ -50,21 +50,7 @@ class Job:
     """Working directory; relative paths of the config count from it."""
 
     def __post_init__(self) -> None:
-        processes, layout = self.nodes * self.nproc_per_node, self.config.parallel
-        if processes % layout.model_parallel_size:
-            raise ConfigError(
-                f"{self.nodes} node(s) of {self.nproc_per_node} processes are {processes}, which cannot be divided by "
-                f"the {layout.model_parallel_size} that one copy of the model needs; change --nodes, --nproc-per-node "
-                "or the parallel settings."
-            )
-        training = self.config.training
-        at_once = training.micro_batch_size * (processes // layout.model_parallel_size)
-        if training.global_batch_size % at_once:
-            raise ConfigError(
-                f"training.global_batch_size={training.global_batch_size} cannot be divided by micro_batch_size="
-                f"{training.micro_batch_size} times {processes // layout.model_parallel_size} data-parallel ranks on "
-                f"{self.nodes} node(s) of {self.nproc_per_node}; use a multiple of {at_once}."
-            )
+        check_processes(self.config, self.nodes * self.nproc_per_node)
 
     @property
     def name(self) -> str:
@@ -106,6 +92,23 @@ class SlurmOptions:
         for option in self.more:
             if not re.fullmatch(r"[a-z][a-z-]*(=[^\n]+)?", option):
                 raise ConfigError(f"--sbatch {option!r} is not of the form NAME=VALUE, such as constraint=h100.")
+
+
+def check_processes(config: RunConfig, processes: int) -> None:
+    """Raise ConfigError if a run cannot be laid over so many processes; better here than on a cluster, hours later."""
+    model_size, training = config.parallel.model_parallel_size, config.training
+    if processes % model_size:
+        raise ConfigError(
+            f"{processes} processes cannot be divided by the {model_size} that one copy of the model needs; use a "
+            f"multiple of {model_size}, or change the parallel settings."
+        )
+    at_once = training.micro_batch_size * (processes // model_size)
+    if training.global_batch_size % at_once:
+        raise ConfigError(
+            f"training.global_batch_size={training.global_batch_size} cannot be divided by micro_batch_size="
+            f"{training.micro_batch_size} times {processes // model_size} data-parallel ranks on {processes} "
+            f"processes; use a multiple of {at_once}, or a smaller micro-batch."
+        )
 
 
 def slurm_script(job: Job, slurm: SlurmOptions) -> str:

@@ -75,7 +75,7 @@ def run_workers(
         WorkerError: the port is in use, or a worker failed once too often; names the first cause.
         KeyboardInterrupt: the job was interrupted; the workers have been stopped.
         StoppedEarly: the workers saved their state and left, because they, or this process, received SIGTERM or
-            SIGUSR1, or their time was up.
+            SIGUSR1, or their time was up. A second SIGTERM ends them at once.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -99,6 +99,9 @@ def run_workers(
         def pass_on(number: int, frame: FrameType | None) -> None:
             # First the note: a worker that is being started does not listen yet.
             name = signal.Signals(number).name
+            if number == signal.SIGTERM and (errors / _ASKED).is_file() and name in (errors / _ASKED).read_text():
+                # Asked before, and still here: workers that hang do not save.
+                raise SignalException(f"received {name} twice", sigval=signal.SIGTERM)
             (errors / _ASKED).write_text(name, encoding="utf-8")
             if not _pass_on(number):
                 raise StoppedEarly(f"received {name} while no worker was running.")
@@ -146,7 +149,7 @@ def _launch_config(processes: int, master_port: int | None, max_restarts: int, n
 
 def _all_ended_by(error: object, numbers: Sequence[int]) -> bool:
     codes = [failure.exitcode for failure in getattr(error, "failures", {}).values()]
-    return all(-code in numbers for code in codes)
+    return bool(codes) and all(-code in numbers for code in codes)
 
 
 def _pass_on(number: int) -> int:

@@ -109,6 +109,13 @@ WEIGHTS: tuple[Weight, ...] = (
 """Every weight of the decoder-only models we know, in the order of a forward pass."""
 
 
+FP8_STATE = ("fp8_scale", "fp8_amax_history")
+"""What our FP8 layers keep in a checkpoint beside their weights, as the last part of its name; no weight of a model."""
+
+MAIN_WEIGHT = "optimizer.state.param."
+"""In front of a weight's name: the float32 copy that the optimizer of a run in fewer bits moves."""
+
+
 @dataclass(frozen=True)
 class HookPoint:
     """A tensor inside one layer, by the module it enters or leaves."""

@@ -19,6 +19,7 @@ from megatron_xalign.cli import (
     preprocessing,
     quickstart,
     runs,
+    steering,
     study,
     tokens,
 )
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         launching,
         capturing,
         study,
+        steering,
         conversion,
         evaluation,
         machine,

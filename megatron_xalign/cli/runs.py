@@ -112,7 +112,11 @@ def _add_train(verbs: Any) -> None:
     )
     parser.add_argument("--rdzv-endpoint", default=None, metavar="HOST:PORT", help="where they meet: the first one's")
     parser.add_argument("--rdzv-id", default=None, metavar="ID", help="a name of the job, the same on each")
-    parser.add_argument("--dry-run", action="store_true", help="print config and mixture; touch nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print config, sizes and mixture; touch nothing")
+    parser.add_argument(
+        "--world-size", type=positive, default=None, metavar="N",
+        help="with --dry-run: processes of the job that is planned, here or on a cluster",
+    )
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -121,8 +125,11 @@ def _train(options: argparse.Namespace) -> int:
 
     config = read_config(options.config, options.overrides, RunConfig)
     if options.dry_run:
-        print(workflows.describe_run(config, options.nproc_per_node))
+        started = None if options.nproc_per_node is None else options.nnodes * options.nproc_per_node
+        print(workflows.describe_run(config, options.world_size or started))
         return 0
+    if options.world_size is not None:
+        raise ConfigError("--world-size goes with --dry-run; a job's size is what starts it.")
     if options.nproc_per_node is None:
         if options.nnodes > 1 or options.max_restarts:
             raise ConfigError("--nnodes and --max-restarts go with --nproc-per-node; torchrun has its own.")

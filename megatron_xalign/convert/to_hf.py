@@ -126,9 +126,14 @@ def plan_moves(
             model does not have.
     """
     model = config.model
+    in_fp8 = config.fp8 is not None and config.fp8.param_gather
     moves, used = [], set()
     for weight in names.weights_of(model):
         source = next((name for name in weight.megatron if name in reader), None)
+        if source is not None and in_fp8 and names.MAIN_WEIGHT + source in reader:
+            # Weights that a run kept in FP8 are stored rounded to FP8.
+            used.add(source)
+            source = names.MAIN_WEIGHT + source
         if source is None:
             raise CheckpointError(
                 f"{reader.folder} holds no {' or '.join(weight.megatron)}, which a model with "
@@ -138,7 +143,7 @@ def plan_moves(
         used.add(source)
         padded = _check_shape(reader, source, weight, config, vocab_size)
         views = names.row_views(weight, model, vocab_size, padded)
-        target_dtype = dtype or reader.dtype(source)
+        target_dtype = dtype or (torch.bfloat16 if source.startswith(names.MAIN_WEIGHT) else reader.dtype(source))
         if target_dtype not in DTYPES.values():
             raise CheckpointError(f"{source} in {reader.folder} is stored as {target_dtype}, which cannot be exported.")
         columns = names.megatron_shape(weight, model, padded)[1:]
@@ -148,7 +153,11 @@ def plan_moves(
                 for name, view in zip(names.hugging_face_names(weight, layer), views, strict=True)
             )
             moves.append(_Move(source, layer, views, targets))
-    unknown = [name for name in reader.names() if name not in used and not name.startswith(_NOT_OF_THE_MODEL)]
+    unknown = [
+        name
+        for name in reader.names()
+        if name not in used and not name.startswith(_NOT_OF_THE_MODEL) and not name.endswith(names.FP8_STATE)
+    ]
     if unknown:
         raise CheckpointError(
             f"{reader.folder} holds {', '.join(unknown)}, which {names.architecture(model)} with these settings does "
@@ -156,8 +165,14 @@ def plan_moves(
         )
     # By layer, as the forward pass goes; each tensor of all layers is one entry of the table.
     last = model.num_layers
-    order = {"embedding.word_embeddings.weight": -1}
-    return sorted(moves, key=lambda move: move.layer if move.layer is not None else order.get(move.source, last))
+    first = "embedding.word_embeddings.weight"
+
+    def place(move: _Move) -> int:
+        if move.layer is not None:
+            return move.layer
+        return -1 if move.source.removeprefix(names.MAIN_WEIGHT) == first else last
+
+    return sorted(moves, key=place)
 
 
 def hf_config(source: Source, dtype: str) -> dict[str, Any]:

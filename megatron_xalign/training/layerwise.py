@@ -18,6 +18,7 @@ import torch
 from megatron_xalign import names, topology
 from megatron_xalign.config import ParallelConfig, RunConfig
 from megatron_xalign.formats.checkpoint import CheckpointReader
+from megatron_xalign.training.backends import PLAIN
 from megatron_xalign.training.layers import Norm
 from megatron_xalign.training.listening import fill, listening
 from megatron_xalign.training.model import _layer_spec, transformer_config
@@ -52,7 +53,7 @@ def _one_layer(config: RunConfig) -> Any:
     model = dataclasses.replace(config.model, num_layers=1)
     built = GPTModel(
         config=transformer_config(model, ParallelConfig(), "fp32", "none"),
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[_layer_spec(model)], layer_norm=Norm),
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[_layer_spec(model, PLAIN)], layer_norm=Norm),
         vocab_size=model.make_vocab_size_divisible_by, max_sequence_length=config.data.seq_length, pre_process=False,
         post_process=False, position_embedding_type="rope", rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling_factor is not None, rope_scaling_factor=model.rope_scaling_factor or 1.0,

@@ -3,6 +3,7 @@
 from megatron_xalign.workflows.capturing import (
     capture,
     describe_capture,
+    look_at_neurons,
 )
 from megatron_xalign.workflows.conversion import (
     CHECK_FILE,
@@ -12,6 +13,11 @@ from megatron_xalign.workflows.conversion import (
     is_converted,
     stated_model,
 )
+from megatron_xalign.workflows.steering import (
+    SteerOptions,
+    plan_steering,
+    steer,
+)
 from megatron_xalign.workflows.study import (
     analyze,
     is_analysed,
@@ -19,10 +25,13 @@ from megatron_xalign.workflows.study import (
     report,
 )
 from megatron_xalign.workflows.tokens import (
+    corpus_files,
     corpus_languages,
+    input_files,
     join_tasks,
     make_corpus,
     make_pairing,
+    measure_fertility,
     merge,
     plan_preprocessing,
     preprocess,
@@ -45,6 +54,7 @@ from megatron_xalign.workflows.training import (
 
 __all__ = [
     "CHECK_FILE",
+    "SteerOptions",
     "analyze",
     "audit_blend",
     "capture",
@@ -52,18 +62,23 @@ __all__ = [
     "compare_series",
     "convert_from_hf",
     "convert_to_hf",
+    "corpus_files",
     "corpus_languages",
     "describe_capture",
     "describe_run",
+    "input_files",
     "is_analysed",
     "is_converted",
     "is_trained",
     "join_tasks",
+    "look_at_neurons",
     "make_corpus",
     "make_pairing",
+    "measure_fertility",
     "merge",
     "outcome",
     "plan_preprocessing",
+    "plan_steering",
     "preprocess",
     "preprocess_all",
     "preprocess_task",
@@ -71,6 +86,7 @@ __all__ = [
     "registry_packages",
     "report",
     "stated_model",
+    "steer",
     "token_statistics",
     "train",
     "train_tokenizer",

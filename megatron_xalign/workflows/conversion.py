@@ -27,7 +27,7 @@ def convert_to_hf(
     from megatron_xalign.convert.to_hf import to_hf
 
     return to_hf(
-        _checkpoint_of(source), out, tokenizer=tokenizer, dtype=dtype, max_shard_size=max_shard_size, stated=stated,
+        checkpoint_of(source), out, tokenizer=tokenizer, dtype=dtype, max_shard_size=max_shard_size, stated=stated,
         architecture=architecture,
     )
 
@@ -73,7 +73,7 @@ def check_hf(
     from megatron_xalign.training.layerwise import load_layerwise
     from megatron_xalign.training.listening import load_listened
 
-    checkpoint = _checkpoint_of(source)
+    checkpoint = checkpoint_of(source)
     found = read_source(checkpoint, tokenizer=tokenizer, stated=stated)
     texts = _check_texts(found.config, hf, probe)
     if layer_by_layer is None:
@@ -108,7 +108,7 @@ def _both_fit(source: Any) -> bool:
 def is_converted(source: Path, hf: Path) -> bool:
     """Whether a Hugging Face folder was made from this checkpoint and passed its check."""
     path = hf / CHECK_FILE
-    return path.is_file() and read_json(path)["checkpoint_manifest_sha256"] == _manifest_hash(_checkpoint_of(source))
+    return path.is_file() and read_json(path)["checkpoint_manifest_sha256"] == _manifest_hash(checkpoint_of(source))
 
 
 def _check_texts(config: RunConfig, hf: Path, probe: Path | None, most: int = 32) -> list[Any]:
@@ -141,7 +141,7 @@ def is_own(checkpoint: Path) -> bool:
     return (checkpoint / MANIFEST).is_file()
 
 
-def _checkpoint_of(source: Path) -> Path:
+def checkpoint_of(source: Path) -> Path:
     """A checkpoint folder itself, or the newest whole one of a run folder, ours or Megatron-LM's."""
     from megatron_xalign.convert.megatron_lm import find_checkpoint
     from megatron_xalign.formats import checkpoint_folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from megatron_xalign.config import DataConfig, RunConfig, to_tree, to_yaml
 from megatron_xalign.errors import CheckpointError, ConfigError, CorpusError
 from megatron_xalign.formats.atomic import write_json
 from megatron_xalign.formats.run_folder import RunFolder, check_same_run, command_line, start_run
+from megatron_xalign.job_script import check_processes
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ def train(config: RunConfig) -> Path:
     from megatron_xalign.data.evaluation import build_evaluation
     from megatron_xalign.data.tokenizer import Tokenizer
     from megatron_xalign.formats.token_file import check_same_tokenizer
-    from megatron_xalign.training import checkpoint, loop
+    from megatron_xalign.training import backends, checkpoint, loop
     from megatron_xalign.training.export import HfExporter
     from megatron_xalign.training.forward import build_forward_only
     from megatron_xalign.training.heartbeat import Heartbeat
@@ -74,6 +76,8 @@ def train(config: RunConfig) -> Path:
     training = dataclasses.replace(config.training, train_steps=blend.train_steps)
     probe = _tokenized_probe(config.data, tokenizer) if config.capture else []
     held_out = build_evaluation(config) if training.eval_interval_steps else None
+    # Before anything is built: what cannot run here is said now.
+    choice = backends.choose(config, backends.look(int(os.environ.get("LOCAL_RANK", "0"))))
     with topology.start(config.parallel, config.seed) as ranks:
         num_ids = _num_ids(config, tokenizer)
         vocab_size = padded_vocab_size(num_ids, config.model.make_vocab_size_divisible_by, ranks.tensor_size)
@@ -89,11 +93,12 @@ def train(config: RunConfig) -> Path:
             }
             start_run(config, command_line(), layout, facts)
             write_json(run.audit_path, blend.audit([ranks.data_size]))
+            log.info("%s: %s.", config.precision_name, choice.describe())
         ranks.barrier()
         model_chunks = build_model(
             config.model, padded_vocab_size=vocab_size, seq_length=config.data.seq_length, parallel=config.parallel,
-            params_dtype=config.training.params_dtype, recompute=config.training.recompute, ranks=ranks,
-            seed=config.seed, vocab_size=num_ids,
+            params_dtype=config.params_dtype, recompute=config.training.recompute, ranks=ranks,
+            seed=config.seed, vocab_size=num_ids, choice=choice,
         )
         newest = checkpoint.latest_checkpoint(run.checkpoints, ranks)
         if newest is None and config.training.load_weights is not None:
@@ -101,8 +106,8 @@ def train(config: RunConfig) -> Path:
             checkpoint.load_weights(config.training.load_weights, model_chunks, ranks)
             log.info("weights of %s.", config.training.load_weights)
         optimizer = build_optimizer(
-            model_chunks, config.optimizer, parallel=config.parallel, params_dtype=config.training.params_dtype,
-            train_steps=blend.train_steps,
+            model_chunks, config.optimizer, parallel=config.parallel, params_dtype=config.params_dtype,
+            train_steps=blend.train_steps, fp16=config.fp16, choice=choice,
         )
         start_step, loss_state = 0, None
         if newest is not None:
@@ -147,7 +152,8 @@ def train(config: RunConfig) -> Path:
             return saver.save(step, extra, states)
 
         if ranks.rank == 0:
-            observers += build_trackers(config, run.path, start_step)
+            # First in the list, so the last to hear of a step: capture has added its scores by then.
+            observers[:0] = build_trackers(config, run.path, start_step)
             if training.hf_export_interval_steps:
                 observers.append(HfExporter(run, training.hf_export_interval_steps, blend.train_steps))
         heartbeat = Heartbeat(
@@ -217,6 +223,8 @@ def describe_run(config: RunConfig, processes: int | None) -> str:
     from megatron_xalign.training.model import padded_vocab_size
     from megatron_xalign.training.sizes import flops_per_token, memory_by_stage, num_parameters
 
+    if processes is not None:
+        check_processes(config, processes)
     _, table, _ = audit_blend(config)
     layout, training = config.parallel, config.training
     tokenizer = Tokenizer.load(_required(config.data.tokenizer, "data.tokenizer"))
@@ -229,7 +237,7 @@ def describe_run(config: RunConfig, processes: int | None) -> str:
         config.model, layout, padded_vocab_size=rows, seq_length=config.data.seq_length,
         micro_batch_size=training.micro_batch_size,
         num_microbatches=max(training.global_batch_size // (training.micro_batch_size * data_size), 1),
-        params_dtype=training.params_dtype, recompute=training.recompute, data_size=data_size,
+        params_dtype=config.params_dtype, recompute=training.recompute, data_size=data_size,
     )
     flops = flops_per_token(config.model, rows, config.data.seq_length)
     return (
