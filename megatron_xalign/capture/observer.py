@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,11 +101,14 @@ class NeuronObserver:
         self._probe_sha256 = probe_sha256(probe) if probe else ""
         self._languages = tuple(languages)
         self._recorder = Recorder(
-            model_chunks, ranks, current_batch, layers=self._capture.layers, defer_errors=True
+            model_chunks, ranks, current_batch, layers=self._capture.layers, defer_errors=True,
+            quantized=self._capture.quantized,
         )
         self._batches = build_probe_batches(
             probe, languages, eod_id, self._capture.probe_batch_tokens, config.data.seq_length,
-            multiple_of=ranks.tensor_size if self._recorder.sequence_parallel else 1,
+            multiple_of=math.lcm(
+                ranks.tensor_size if self._recorder.sequence_parallel else 1, config.length_multiple_of
+            ),
         )
         self._sums: StreamSums | None = None
         if self._capture.stream:

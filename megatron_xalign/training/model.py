@@ -10,13 +10,15 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_xalign.config import ModelConfig, ParallelConfig
+from megatron_xalign.config import ModelConfig, ParallelConfig, ParamsDtype
 from megatron_xalign.errors import ConfigError
 from megatron_xalign.topology import Ranks
+from megatron_xalign.training import precision
+from megatron_xalign.training.backends import PLAIN, Choice, attention_class, final_norm, te_layer_spec, with_own_fp8
+from megatron_xalign.training.fp8_linear import enable_fp8
 from megatron_xalign.training.initial_weights import initialize
 from megatron_xalign.training.layers import CausalAttention, Norm
 
-ParamsDtype = Literal["fp32", "bf16"]
 Recompute = Literal["none", "full"]
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,8 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_size: int) -> i
 
 
 def transformer_config(
-    config: ModelConfig, parallel: ParallelConfig, params_dtype: ParamsDtype, recompute: Recompute
+    config: ModelConfig, parallel: ParallelConfig, params_dtype: ParamsDtype, recompute: Recompute,
+    choice: Choice = PLAIN,
 ) -> Any:
     """Megatron's ``TransformerConfig`` for a model of ours.
 
@@ -45,7 +48,7 @@ def transformer_config(
     # Imported late, here and below: the CPU backend must be in place first.
     from megatron.core.transformer import TransformerConfig
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[params_dtype]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[params_dtype]
     settings: dict[str, Any] = {
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -69,6 +72,7 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": params_dtype == "bf16",
+        "fp16": params_dtype == "fp16",
         # The loss of a micro-batch is a sum over tokens; gradients are divided by the tokens of the global batch.
         "calculate_per_token_loss": True,
         # training.initial_weights fills them.
@@ -84,6 +88,9 @@ def transformer_config(
         # Only waits for the device, for versions of torch long past.
         "batch_p2p_sync": False,
     }
+    if choice.layers == "te":
+        # Our own FP8 is no setting of Megatron's.
+        settings |= precision.megatron_settings(choice.fp8)
     if recompute == "full":
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     known = {item.name for item in dataclasses.fields(TransformerConfig)}
@@ -109,6 +116,7 @@ def build_model(
     ranks: Ranks,
     seed: int,
     vocab_size: int | None = None,
+    choice: Choice = PLAIN,
 ) -> list[Any]:
     """Build this rank's part of the model, with initial weights, wrapped for data-parallel training.
 
@@ -123,6 +131,7 @@ def build_model(
         seed: seed of the initial weights, which depend on it and on parameter names alone.
         vocab_size: ids of the tokenizer; rows from here on are padding and get no probability, so that losses do not
             depend on how far the tensor-parallel size pads. None: every row is a token.
+        choice: whose kernels compute, and whether in FP8, as ``backends.choose`` found.
 
     Returns:
         Model chunks of this pipeline stage (one), each Megatron's ``DistributedDataParallel`` around, for bf16, its
@@ -141,11 +150,12 @@ def build_model(
             f"a vocabulary of {padded_vocab_size} rows cannot be divided over tensor_model_parallel_size="
             f"{ranks.tensor_size}; pad it with model.make_vocab_size_divisible_by."
         )
-    megatron_config = transformer_config(config, parallel, params_dtype, recompute)
+    megatron_config = transformer_config(config, parallel, params_dtype, recompute, choice)
     model = GPTModel(
         config=megatron_config,
         transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=[_layer_spec(config)] * get_num_layers_to_build(megatron_config), layer_norm=Norm
+            layer_specs=[_layer_spec(config, choice)] * get_num_layers_to_build(megatron_config),
+            layer_norm=final_norm(config, choice, Norm),
         ),
         vocab_size=padded_vocab_size,
         max_sequence_length=seq_length,
@@ -162,15 +172,18 @@ def build_model(
     )
     if vocab_size is not None and ranks.is_last_stage:
         _mask_padding(model, vocab_size, ranks)
+    if choice.fp8 is not None and choice.layers == "local":
+        enable_fp8(model, choice.fp8, config.num_layers)
     model.to(ranks.device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     log.debug("process %d holds %d parameters.", ranks.rank, num_parameters)
-    if params_dtype == "bf16":
+    if params_dtype != "fp32":
         model = Float16Module(megatron_config, model)
     wrapped = DistributedDataParallel(
         config=megatron_config,
         ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.use_distributed_optimizer
+            grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.use_distributed_optimizer,
+            **precision.data_parallel_settings(choice.fp8 if choice.layers == "te" else None),
         ),
         module=model,
     )
@@ -190,15 +203,19 @@ def _mask_padding(model: Any, vocab_size: int, ranks: Ranks) -> None:
     model.output_layer.register_forward_hook(hook)
 
 
-def _layer_spec(config: ModelConfig) -> Any:
-    """Megatron's own layer with our norm and attention in it."""
+def _layer_spec(config: ModelConfig, choice: Choice) -> Any:
+    """Megatron's own layer with our norm and attention in it, or with Transformer Engine's parts."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
+    if choice.layers == "te":
+        return te_layer_spec(config, choice, Norm, CausalAttention)
     spec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     spec.submodules.input_layernorm = Norm
     spec.submodules.pre_mlp_layernorm = Norm
     attention = spec.submodules.self_attention.submodules
-    attention.core_attention = CausalAttention
+    attention.core_attention = attention_class(choice, CausalAttention)
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
+    if choice.fp8 is not None:
+        with_own_fp8(spec)
     return spec
