@@ -38,6 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of the neurons, an eighth of the features")
     parser.add_argument("--rounds", type=int, help="3 of average precision and 1 of PWCCA, or 1 with --quick")
+    parser.add_argument("--features", type=int, help="of PWCCA, with 10 sentences for each: 2048 and 20,000, or 256")
     parser.add_argument("--only", choices=("average_precision", "pwcca"), help="one of the two questions")
     parser.add_argument("--contestant", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -48,7 +49,7 @@ def main() -> int:
     if options.only != "pwcca":
         answers += _average_precision(options.quick, options.rounds or (1 if options.quick else 3))
     if options.only != "average_precision":
-        answers += _pwcca(options.quick, options.rounds or 1)
+        answers += _pwcca(options.quick, options.rounds or 1, options.features)
     print_result(answers)
     return 0
 
@@ -124,8 +125,10 @@ def _scores(language_D: np.ndarray, num_neurons: int) -> np.ndarray:
 # --- PWCCA ---------------------------------------------------------------------------------------------------------
 
 
-def _pwcca(quick: bool, rounds: int) -> list[dict[str, Any]]:
+def _pwcca(quick: bool, rounds: int, features: int | None) -> list[dict[str, Any]]:
     width, num = (256, 2560) if quick else (2048, 20_000)
+    if features is not None:
+        width, num = features, 10 * features
     answers = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
