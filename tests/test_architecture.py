@@ -13,7 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_xalign"
 ROOMS = ("data", "training", "capture", "analysis", "report", "convert")
-FLOOR = ("errors", "config", "batch", "progress", "names", "topology", "platform", "formats", "_native", "__version__")
+FLOOR = (
+    "errors", "config", "batch", "batch_sizes", "progress", "names", "topology", "platform", "formats", "_native",
+    "__version__",
+)
 MEGATRON_ALLOWED = ("platform.py", "topology.py", "training/", "convert/", "capture/recorder.py")
 HEAVY = ("torch", "megatron", "transformers", "matplotlib", "sklearn")
 

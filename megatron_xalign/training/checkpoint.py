@@ -60,6 +60,8 @@ __all__ = [
 EXTRA_KEYS = ("config", "consumed_samples", "tokenizer_sha256", "vocab_size")
 """What ``extra`` must hold, for resuming and for conversion."""
 
+_ONE_OF_EACH = {"context_parallel_size": 1, "virtual_pipeline_model_parallel_size": 1}
+"""Layout of checkpoints that do not say."""
 _MAIN_WEIGHT = "optimizer.state.param."
 _OBSERVER = "observers."
 _EXTRA_STATE = "_extra_state"
@@ -160,7 +162,7 @@ def load_checkpoint(
         _load_optimizer(folder, model_chunks, optimizer, manifest)
     if scheduler is not None:
         _load_scheduler(folder, scheduler, manifest)
-    if manifest["layout"] == _layout(ranks):
+    if _ONE_OF_EACH | manifest["layout"] == _layout(ranks):
         _read_random_state(_random_state_file(folder, ranks.rank), ranks)
     else:
         # With no dropout nothing is drawn while training, so nothing changes.
@@ -210,10 +212,13 @@ def load_observer_state(
     if not wanted:
         return values, {}
     loaded = _load_with_core(_sharded({f"{_OBSERVER}{name}.{array}": p for array, p in wanted.items()}, ranks), folder)
+
+    def whole(array: str, part: LocalPart) -> torch.Tensor:
+        blocks: list[torch.Tensor] = loaded[f"{_OBSERVER}{name}.{array}"]
+        return blocks[0] if part.pipeline_axis is None else torch.cat(blocks, part.pipeline_axis)
+
     return values, {
-        array: LocalPart(
-            tensor=loaded[f"{_OBSERVER}{name}.{array}"], tensor_axis=part.tensor_axis, pipeline_axis=part.pipeline_axis
-        )
+        array: LocalPart(tensor=whole(array, part), tensor_axis=part.tensor_axis, pipeline_axis=part.pipeline_axis)
         for array, part in wanted.items()
     }
 
@@ -287,16 +292,28 @@ def _sharded(parts: Mapping[str, LocalPart], ranks: Ranks) -> dict[str, Any]:
     """Megatron's description of arrays that lie over tensor and pipeline ranks."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    described = {}
+    described: dict[str, Any] = {}
     for name, part in parts.items():
-        places = ((part.tensor_axis, ranks.tensor_rank, ranks.tensor_size),
-                  (part.pipeline_axis, ranks.pipeline_rank, ranks.pipeline_size))
-        # Ranks that hold the same numbers are replicas, of which the first writes.
-        copies = [ranks.data_rank, *(rank for axis, rank, _ in places if axis is None)]
-        described[name] = ShardedTensor.from_rank_offsets(
-            name, part.tensor, *((axis, rank, size) for axis, rank, size in places if axis is not None),
-            replica_id=tuple(copies),
-        )
+        # Every block of layers is a shard of its own: those of one stage of an interleaved pipeline are not neighbours.
+        num_blocks = 1 if part.pipeline_axis is None else ranks.virtual_size
+        blocks = part.tensor.chunk(num_blocks, part.pipeline_axis or 0)
+        described[name] = []
+        for virtual, block in enumerate(blocks):
+            places = (
+                (part.tensor_axis, ranks.tensor_rank, ranks.tensor_size),
+                (
+                    part.pipeline_axis, virtual * ranks.pipeline_size + ranks.pipeline_rank,
+                    ranks.virtual_size * ranks.pipeline_size,
+                ),
+            )
+            # Ranks that hold the same numbers are replicas, of which the first writes.
+            copies = [ranks.data_context_rank, *(rank for axis, rank, _ in places if axis is None)]
+            described[name].append(
+                ShardedTensor.from_rank_offsets(
+                    name, block, *((axis, rank, size) for axis, rank, size in places if axis is not None),
+                    replica_id=tuple(copies),
+                )
+            )
     return described
 
 
@@ -359,6 +376,8 @@ def _layout(ranks: Ranks) -> dict[str, int]:
         "tensor_model_parallel_size": ranks.tensor_size,
         "pipeline_model_parallel_size": ranks.pipeline_size,
         "data_parallel_size": ranks.data_size,
+        "context_parallel_size": ranks.context_size,
+        "virtual_pipeline_model_parallel_size": ranks.virtual_size,
     }
 
 
@@ -557,6 +576,8 @@ def _load_scheduler(folder: Path, scheduler: Any, manifest: dict[str, Any]) -> N
             f"{folder} was trained on another schedule: {', '.join(differing)}. Resume with the settings of its "
             "config.yaml, or start a new run."
         )
+    # Megatron adds the steps it loads to those it has.
+    scheduler.num_steps = 0
     scheduler.load_state_dict(stored)
 
 

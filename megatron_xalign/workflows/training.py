@@ -48,6 +48,7 @@ def train(config: RunConfig) -> Path:
     """Train one model, or continue its training; return its run folder. Every process of the job calls it."""
     from megatron_xalign import topology
     from megatron_xalign.batch import CurrentBatch
+    from megatron_xalign.batch_sizes import batch_sizes
     from megatron_xalign.capture.observer import NeuronObserver
     from megatron_xalign.data.blend import build_blend
     from megatron_xalign.data.evaluation import build_evaluation
@@ -55,6 +56,7 @@ def train(config: RunConfig) -> Path:
     from megatron_xalign.formats.token_file import check_same_tokenizer
     from megatron_xalign.training import checkpoint, loop
     from megatron_xalign.training.forward import build_forward_only
+    from megatron_xalign.training.guard import build_guard
     from megatron_xalign.training.loading import batches_of
     from megatron_xalign.training.model import build_model, padded_vocab_size
     from megatron_xalign.training.optimizer import build_optimizer
@@ -67,9 +69,11 @@ def train(config: RunConfig) -> Path:
         check_same_tokenizer(windows.file.manifest, tokenizer)
     # With budget_rule=add the parallel text makes the run longer than asked.
     training = dataclasses.replace(config.training, train_steps=blend.train_steps)
+    sizes = batch_sizes(training)
     probe = _tokenized_probe(config.data, tokenizer) if config.capture else []
     held_out = build_evaluation(config) if training.eval_interval_steps else None
     with topology.start(config.parallel, config.seed) as ranks:
+        loop.check_batches(training, ranks)
         num_ids = _num_ids(config, tokenizer)
         vocab_size = padded_vocab_size(num_ids, config.model.make_vocab_size_divisible_by, ranks.tensor_size)
         run = RunFolder(Path(config.output_dir))
@@ -77,9 +81,10 @@ def train(config: RunConfig) -> Path:
             layout = {
                 "world_size": ranks.world_size, "tensor_size": ranks.tensor_size,
                 "pipeline_size": ranks.pipeline_size, "data_size": ranks.data_size,
+                "context_size": ranks.context_size, "virtual_size": ranks.virtual_size,
             }
             facts = {
-                "padded_vocab_size": vocab_size, "train_steps": blend.train_steps,
+                "padded_vocab_size": vocab_size, "train_steps": sizes.num_steps,
                 "unigram_entropy": blend.unigram_entropy(),
             }
             start_run(config, command_line(), layout, facts)
@@ -88,7 +93,8 @@ def train(config: RunConfig) -> Path:
         model_chunks = build_model(
             config.model, padded_vocab_size=vocab_size, seq_length=config.data.seq_length, parallel=config.parallel,
             params_dtype=config.training.params_dtype, recompute=config.training.recompute, ranks=ranks,
-            seed=config.seed, vocab_size=num_ids,
+            seed=config.seed, vocab_size=num_ids, reset_position_ids=config.data.reset_position_ids,
+            reset_attention_mask=config.data.reset_attention_mask, training=training,
         )
         newest = checkpoint.latest_checkpoint(run.checkpoints, ranks)
         if newest is None and config.training.load_weights is not None:
@@ -97,7 +103,7 @@ def train(config: RunConfig) -> Path:
             log.info("weights of %s.", config.training.load_weights)
         optimizer = build_optimizer(
             model_chunks, config.optimizer, parallel=config.parallel, params_dtype=config.training.params_dtype,
-            train_steps=blend.train_steps,
+            train_steps=blend.train_steps, schedule_unit=sizes.schedule_unit,
         )
         start_step, loss_state = 0, None
         if newest is not None:
@@ -130,12 +136,33 @@ def train(config: RunConfig) -> Path:
                     neurons.restore(state)
             observers.append(neurons)
 
+        guard = build_guard(training, ranks)
+        if guard is not None and newest is not None:
+            kept = checkpoint.load_observer_state(newest, guard.name, lambda values: {}, ranks)
+            if kept is not None:
+                guard.restore(kept)
+
+        def rewind() -> tuple[int, loop.LossState]:
+            last = checkpoint.latest_checkpoint(run.checkpoints, ranks)
+            if last is None:
+                raise ConfigError(
+                    "there is no checkpoint to go back to yet; use the policy skip, or a smaller "
+                    "training.save_interval_steps."
+                )
+            found = checkpoint.load_checkpoint(last, model_chunks, optimizer.megatron, optimizer.scheduler, ranks)
+            for observer in observers:
+                if isinstance(observer, NeuronObserver):
+                    state = checkpoint.load_observer_state(last, observer.name, observer.parts_of, ranks)
+                    if state is not None:
+                        observer.restore(state)
+            return found["step"], found["extra"]["loss_sums"]
+
         def save(step: int, loss_sums: loop.LossState, states: dict[str, topology.ObserverState]) -> Path:
             path = checkpoint.save_checkpoint(
                 run.checkpoints, step, model_chunks, optimizer.megatron, optimizer.scheduler, ranks,
                 {
                     "config": to_tree(config), "vocab_size": num_ids,
-                    "tokenizer_sha256": tokenizer.sha256, "consumed_samples": step * config.training.global_batch_size,
+                    "tokenizer_sha256": tokenizer.sha256, "consumed_samples": sizes.samples_before(step),
                     "loss_sums": loss_sums,
                 },
                 states,
@@ -154,6 +181,7 @@ def train(config: RunConfig) -> Path:
                 parallel_sources=[item.text.name for item in blend.plan.sources if item.text.origin == "parallel"],
                 flops_per_token=flops_per_token(config.model, vocab_size, config.data.seq_length),
                 observers=observers, current_batch=current_batch, start_step=start_step, loss_state=loss_state,
+                guard=guard, rewind=rewind,
             )
     return run.path
 
@@ -177,6 +205,7 @@ def is_trained(config: RunConfig) -> bool:
 def describe_run(config: RunConfig, processes: int | None) -> str:
     """What a training run would be: the resolved config, the model's size, memory by stage and the mixture table."""
     from megatron_xalign import terminal
+    from megatron_xalign.batch_sizes import batch_sizes
     from megatron_xalign.data.tokenizer import Tokenizer
     from megatron_xalign.training.model import padded_vocab_size
     from megatron_xalign.training.sizes import flops_per_token, memory_by_stage, num_parameters
@@ -200,8 +229,10 @@ def describe_run(config: RunConfig, processes: int | None) -> str:
         f"{to_yaml(config)}\n"
         f"{num_parameters(config.model, rows):,} parameters ({rows:,} rows of vocabulary, {num_ids:,} "
         f"used); {flops / 1e9:.3g} GFLOP for each token, {flops * config.train_tokens / 1e15:.3g} PFLOP in all\n"
-        f"{config.train_tokens:,} tokens in {training.train_steps:,} steps; "
-        f"TP{layout.tensor_model_parallel_size} PP{layout.pipeline_model_parallel_size} on "
+        f"{config.train_tokens:,} tokens in {batch_sizes(training).num_steps:,} steps; "
+        f"TP{layout.tensor_model_parallel_size} PP{layout.pipeline_model_parallel_size}"
+        + (f" in {layout.virtual_size} blocks each" if layout.virtual_size > 1 else "")
+        + f" CP{layout.context_parallel_size} on "
         f"{processes or 'as many as torchrun starts'} process(es), DP{data_size} assumed\n\n"
         f"{terminal.describe_memory(memory)}\n\n{table}"
     )
