@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -32,7 +33,7 @@ def sources() -> list[str]:
 
 
 class BuildNative(build_ext):
-    """Compiles file by file with one command line each, and turns a failure into one message that can be acted on."""
+    """Compiles file by file, several at a time, and turns a failure into one message that can be acted on."""
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link one extension; SystemExit with what failed, why, and what to install."""
@@ -44,17 +45,19 @@ class BuildNative(build_ext):
         headers = [*ext.include_dirs, sysconfig.get_path("include"), sysconfig.get_path("platinclude")]
         includes = [flag for folder in dict.fromkeys(headers) for flag in system_or_own(folder)]
         own_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
-        objects = []
-        for source in ext.sources:
-            made = work / f"{Path(source).stem}.o"
-            command = [*compiler, *FLAGS, "-fPIC", *own_flags, *includes, "-c", source, "-o", str(made)]
-            run(command, f"compiling {source}")
-            objects.append(str(made))
+        objects = {source: str(work / f"{Path(source).stem}.o") for source in ext.sources}
+        run_all(
+            {
+                f"compiling {source}": [*compiler, *FLAGS, "-fPIC", *own_flags, *includes, "-c", source, "-o", made]
+                for source, made in objects.items()
+            }
+        )
         # Linked beside and renamed: an interrupted link leaves nothing that a later build or copy takes for a library.
         beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
         own_link_flags = shlex.split(os.environ.get("LDFLAGS", ""))
         try:
-            run([*compiler, "-shared", *objects, *own_link_flags, "-o", str(beside)], f"linking {target.name}")
+            linking = [*compiler, "-shared", *objects.values(), *own_link_flags, "-o", str(beside)]
+            run_all({f"linking {target.name}": linking})
             beside.replace(target)
         finally:
             beside.unlink(missing_ok=True)
@@ -66,15 +69,48 @@ def system_or_own(folder: str) -> list[str]:
     return ["-I", folder] if own else ["-isystem", folder]
 
 
-def run(command: list[str], what: str) -> None:
-    """Run the compiler; SystemExit with a readable message if it is missing or fails."""
+def num_jobs() -> int:
+    """How many compilers run at a time: MAX_JOBS, or one for every core this process may use."""
+    given = os.environ.get("MAX_JOBS", "").strip()
+    if not given:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not given.isdecimal() or int(given) < 1:
+        raise SystemExit(f"error: MAX_JOBS={given} is not a number of compilers to run at a time; 1 or more.")
+    return int(given)
+
+
+def run_all(commands: dict[str, list[str]]) -> None:
+    """Run compilers side by side, the largest files first; SystemExit with what failed and why if one does."""
+    with ThreadPoolExecutor(num_jobs()) as pool:
+        running = {pool.submit(run, command): what for what, command in by_size(commands)}
+        for done in as_completed(running):
+            problem = done.result()
+            if problem is not None:
+                # Those that run come to their end; no other one starts.
+                pool.shutdown(cancel_futures=True)
+                reason, output = problem
+                stop(f"{running[done]} failed{reason}", output)
+
+
+def by_size(commands: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
+    """The command of the largest source first, so that none of them is left to run alone at the end."""
+
+    def size(item: tuple[str, list[str]]) -> int:
+        return -sum(Path(word).stat().st_size for word in item[1] if word.endswith(".cpp"))
+
+    return sorted(commands.items(), key=size)
+
+
+def run(command: list[str]) -> tuple[str, list[str]] | None:
+    """Run the compiler; None, or why it failed and what it said."""
     print(shlex.join(command), flush=True)
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     except OSError as error:
-        stop(f"{what} failed: the compiler {command[0]!r} cannot be run ({error.strerror}).", [])
+        return f": the compiler {command[0]!r} cannot be run ({error.strerror}).", []
     if done.returncode:
-        stop(f"{what} failed ({command[0]} exited with {done.returncode}).", (done.stderr or done.stdout).splitlines())
+        return f" ({command[0]} exited with {done.returncode}).", (done.stderr or done.stdout).splitlines()
+    return None
 
 
 def stop(what: str, output: list[str]) -> None:

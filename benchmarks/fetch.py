@@ -42,9 +42,10 @@ _SEED = 1234
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 M tokens a source, one round of a second each")
+    parser.add_argument("--quick", action="store_true", help="short documents, 2 M tokens a source, one round")
     parser.add_argument("--work", type=Path, help="where files are made and left (a temporary folder if left out)")
     parser.add_argument("--rounds", type=int, help="5, or 1 with --quick")
+    parser.add_argument("--tokens", type=int, help="of each source; 300 M, or 2 M with --quick")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
@@ -60,10 +61,10 @@ def main() -> int:
 
 
 def _compare(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
-    tokens = 2_000_000 if options.quick else 300_000_000
+    tokens = options.tokens or (2_000_000 if options.quick else 300_000_000)
     seconds = 1.0 if options.quick else 4.0
     answers = []
-    for mean_tokens in (60, 500):
+    for mean_tokens in (60,) if options.quick else (60, 500):
         folder = work / f"tokens-{tokens}-{mean_tokens}"
         for number, (name, languages) in enumerate(SOURCES.items()):
             if not (folder / f"{name}.manifest.json").exists():

@@ -26,6 +26,12 @@ def near_earlier(
     min_agreeing: int,
     max_earlier: int,
 ) -> NDArray[np.uint8]: ...
+def average_precision(
+    scores: NDArray[Any],
+    labels: NDArray[np.uint8],
+    lowest_first: bool = False,
+    num_threads: int = 1,
+) -> NDArray[np.float64]: ...
 
 class Folding:
     def __init__(self, table: NDArray[np.uint32], expansions: NDArray[np.uint32]) -> None: ...

@@ -133,8 +133,15 @@ class ParallelConfig:
     """Shard optimizer state over data-parallel ranks."""
     distributed_timeout_seconds: int = 300
     """How long a collective may wait for a rank before the job stops."""
+    heartbeat_interval_seconds: float = 5.0
+    """How often every process says where it is, so that one that hangs or falls behind by four fifths of
+    ``distributed_timeout_seconds`` is named when the job ends; 0 turns that off."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.heartbeat_interval_seconds >= 0,
+            f"heartbeat_interval_seconds={self.heartbeat_interval_seconds} is negative; 0 turns it off.",
+        )
         for name in (
             "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
             "distributed_timeout_seconds",
@@ -413,6 +420,14 @@ class TrainingConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 0
     """Newest checkpoints to keep; 0 keeps all."""
+    keep_every_steps: int = 0
+    """Checkpoints of steps that are a multiple of this are kept besides; 0: none."""
+    checkpoint_hashes: bool = True
+    """Whether SHA-256 of every file is kept and compared before loading; without, sizes only."""
+    async_save: bool = False
+    """Whether training goes on while a checkpoint is written, from a copy of the state in main memory."""
+    allow_changed_data: bool = False
+    """Whether a run may go on with other token files than it began with; its samples are then others from there on."""
     exit_duration_minutes: float = 0.0
     """Save and exit with code 75 after the step in which the run is this old; 0 is never. For queues with a time
     limit; SIGTERM and SIGUSR1 do the same at once."""
@@ -429,6 +444,7 @@ class TrainingConfig:
         ):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
         _require(self.keep_checkpoints >= 0, f"keep_checkpoints={self.keep_checkpoints} is negative; 0 keeps all.")
+        _require(self.keep_every_steps >= 0, f"keep_every_steps={self.keep_every_steps} is negative; 0 is none.")
         _require(
             self.exit_duration_minutes >= 0,
             f"exit_duration_minutes={self.exit_duration_minutes} is negative; 0 is never.",
@@ -473,6 +489,40 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Tokens that are kept with their text, to see what chosen neurons fire on."""
+
+    neurons: dict[str, tuple[int, ...]]
+    """Layer to neurons, both counting from 0: ``{3: [17, 40]}``."""
+    tokens_per_language: int = 256
+    """Tokens of each language kept of a window, drawn without regard to activations."""
+    top: int = 16
+    """Tokens of the largest activations kept for each neuron."""
+    context_tokens: int = 16
+    """Tokens of text kept on either side."""
+    seed: int = 1234
+    """Of the draw."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens_per_language", "top"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
+        _require(self.context_tokens >= 0, f"context_tokens={self.context_tokens} is negative.")
+        _require(0 <= self.seed < 1 << 32, f"seed={self.seed} is outside 0..4294967295.")
+        for layer, neurons in self.neurons.items():
+            _require(layer.isdecimal(), f"neurons.{layer}: layers are numbers from 0, such as {{3: [17, 40]}}.")
+            _require(
+                bool(neurons) and min(neurons) >= 0 and len(set(neurons)) == len(neurons),
+                f"neurons.{layer}={list(neurons)} must be different numbers from 0.",
+            )
+        _require(bool(self.neurons), "neurons={} names no neuron; {3: [17, 40]} names two of layer 3.")
+
+    @property
+    def chosen(self) -> list[tuple[int, int]]:
+        """(layer, neuron) of each, in order."""
+        return sorted((int(layer), neuron) for layer, neurons in self.neurons.items() for neuron in neurons)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CaptureConfig:
     """What is recorded of the model's insides while it trains (docs/capture.md)."""
 
@@ -484,10 +534,44 @@ class CaptureConfig:
     """Whether per-language neuron sums are taken from the training batches."""
     stream_interval_steps: int = 1
     """Take the sums at every n-th step."""
+    layers: tuple[int, ...] | None = None
+    """Layers to capture, counting from 0; all if left out."""
+    stream_residual: bool = False
+    """Whether the stream also sums the residual stream, per language and coordinate."""
+    stream_attention: bool = False
+    """Whether it also sums what attention adds to the residual stream."""
+    sample: SampleConfig | None = None
+    """Neurons whose tokens are kept with their text; none if left out."""
+    score_pairs: int = 512
+    """Probe pairs that scores (``scores.jsonl``) are computed on at every probe; 0: no scores."""
+    on_error: Literal["stop", "disable"] = "stop"
+    """What becomes of the run when capture fails: it stops, or goes on without capture and says so in its log."""
 
     def __post_init__(self) -> None:
         for name in ("probe_interval_steps", "probe_batch_tokens", "stream_interval_steps"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
+        _require(self.score_pairs >= 0, f"score_pairs={self.score_pairs} is negative; 0 computes no scores.")
+        if self.layers is not None:
+            _require(
+                bool(self.layers) and min(self.layers) >= 0 and list(self.layers) == sorted(set(self.layers)),
+                f"layers={list(self.layers)} must be layer numbers in order, counting from 0, such as [0, 6, 12].",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Where the numbers of ``metrics.jsonl`` go besides that file."""
+
+    tensorboard: bool = True
+    """Write them to ``tensorboard/`` in the run folder; looking at them takes ``pip install tensorboard``."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases; none if left out."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """``offline`` writes to the run folder, for ``wandb sync`` later; compute nodes often see no network."""
+    mlflow_experiment: str | None = None
+    """Experiment of MLflow; none if left out."""
+    mlflow_tracking_uri: str | None = None
+    """MLflow's server; a folder of the run if left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -512,6 +596,8 @@ class RunConfig:
     """How long, in what batches."""
     capture: CaptureConfig | None = None
     """What is watched; nothing if left out."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Where its numbers go."""
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "name is empty.")
@@ -537,6 +623,19 @@ class RunConfig:
             f"model.num_layers={self.model.num_layers} is not divisible by "
             f"parallel.pipeline_model_parallel_size={pipeline}"
             + (f" times parallel.virtual_pipeline_model_parallel_size={virtual}." if virtual > 1 else "."),
+        )
+        captured = self.capture.layers if self.capture is not None else None
+        sampled = self.capture.sample.chosen if self.capture is not None and self.capture.sample is not None else []
+        for layer, neuron in sampled:
+            _require(
+                layer in (captured or range(self.model.num_layers)) and neuron < self.model.ffn_hidden_size,
+                f"capture.sample.neurons names neuron {neuron} of layer {layer}, which is not captured: layers are "
+                f"{list(captured or range(self.model.num_layers))}, neurons 0 to {self.model.ffn_hidden_size - 1}.",
+            )
+        _require(
+            captured is None or captured[-1] < self.model.num_layers,
+            f"capture.layers={captured} names layers beyond the {self.model.num_layers} of model.num_layers, which "
+            "are counted from 0.",
         )
         _require(
             context == 1 or self.data.seq_length % (2 * context) == 0,

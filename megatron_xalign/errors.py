@@ -27,5 +27,9 @@ class WorkerError(XAlignError):
     """A worker process died, or its port, memory or time ran out; the message names the first cause."""
 
 
+class StuckError(XAlignError):
+    """A worker process hangs, is gone or has fallen behind; it is named, and it is the first cause."""
+
+
 class StoppedEarly(Exception):  # noqa: N818 (it is no error)
     """A run was asked to stop, saved its state and left; the same command continues it. No error: requeue it."""

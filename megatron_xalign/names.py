@@ -126,6 +126,46 @@ GATE = HookPoint("mlp.linear_fc1", "mlp.gate_proj", "output")
 RESIDUAL = HookPoint("", "", "output")
 """The residual stream after the layer's second addition, before the final norm."""
 
+ATTENTION = HookPoint("self_attention", "self_attn", "output")
+"""What attention adds to the residual stream, the output projection included."""
+
+
+@dataclass(frozen=True)
+class HookModules:
+    """Where a model of transformers keeps what Megatron's hook points name."""
+
+    layers: str
+    """Module path of the list of layers."""
+    neurons: str
+    """Below a layer: the MLP's last linear module, whose input are the neurons."""
+    gate: str
+    """Below a layer: the linear module whose output the activation function is applied to."""
+    attention: str
+    """Below a layer: the attention with its output projection."""
+    gated: bool
+    """Whether a neuron is act(gate) * up; without an up projection it is act(gate) alone."""
+
+
+_LLAMA_LIKE = HookModules(
+    "model.layers", POST_ACTIVATION.hugging_face, GATE.hugging_face, ATTENTION.hugging_face, gated=True
+)
+
+HOOK_MODULES: dict[str, HookModules] = {
+    "llama": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE,
+    "olmo": _LLAMA_LIKE,
+    "olmo2": _LLAMA_LIKE,
+    "olmo3": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": _LLAMA_LIKE,
+    "gemma": _LLAMA_LIKE,
+    "gemma2": _LLAMA_LIKE,
+    "gemma3_text": _LLAMA_LIKE,
+    "gpt2": HookModules("transformer.h", "mlp.c_proj", "mlp.c_fc", "attn", gated=False),
+    "gpt_neox": HookModules("gpt_neox.layers", "mlp.dense_4h_to_h", "mlp.dense_h_to_4h", "attention", gated=False),
+}
+"""By ``model_type`` of ``config.json``."""
+
 
 def gate_half(fc1_width: int) -> slice:
     """The gate in the last axis of ``mlp.linear_fc1``'s output: its first half, on every tensor-parallel rank."""

@@ -22,12 +22,38 @@ def describe_tokenizer(manifest: Mapping[str, Any]) -> str:
         f"{manifest['model']} tokenizer of {manifest['vocab_size']:,} entries (padded to {padded:,} for training), "
         f"end of document {manifest['eod_token']} = {manifest['eod']}, sha256 {manifest['sha256'][:12]}"
     ]
-    for language, facts in manifest["languages"].items():
-        lines.append(
-            f"  {language:10s}{facts['tokens_per_word']:6.2f} tokens a word, "
-            f"{facts['tokens_per_character']:.3f} a character, {facts['bytes_per_token']:.2f} bytes a token, "
-            f"{facts['unknown_rate']:.3%} unknown, {facts['byte_rate']:.3%} single bytes"
-        )
+    return "\n".join([*lines, *_fertility_lines(manifest)])
+
+
+def describe_fertility(report: Mapping[str, Any]) -> str:
+    """How many tokens a tokenizer spends on each language."""
+    first = (
+        f"{report['tokenizer']}: {report['kind']}, {report['vocab_size']:,} ids, end of document "
+        f"{report['eod_token']} = {report['eod']}, sha256 {report['sha256'][:12]}"
+    )
+    return "\n".join([first, *_fertility_lines(report)])
+
+
+def _fertility_lines(report: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"  {language:10s}{facts['tokens_per_word']:6.2f} tokens a word, "
+        f"{facts['tokens_per_character']:.3f} a character, {facts['bytes_per_token']:.2f} bytes a token, "
+        f"{facts['unknown_rate']:.3%} unknown, {facts['byte_rate']:.3%} parts of characters"
+        for language, facts in report["languages"].items()
+    ]
+    lines += [f"{number:14,}  line skipped: {why}" for why, number in report.get("skipped_lines", {}).items()]
+    return lines + [f"  skipped {example}" for example in report.get("examples_of_skipped", ())]
+
+
+def describe_tokenizer_plan(files: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
+    """What a tokenizer would be trained on, and what would be made."""
+    lines = [
+        f"would train a {facts['model']} tokenizer of up to {facts['vocab_size']:,} entries (padded to "
+        f"{facts['padded_vocab_size']:,} for training) and write it to {facts['out']}; nothing is touched"
+    ]
+    for file in files:
+        language = f", {file['language']}" if file["language"] else ""
+        lines.append(f"  {file['path']}: {file['format']}{language}, {file['bytes']:,} bytes")
     return "\n".join(lines)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import random
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +44,8 @@ class LocalPart:
     """Axis that is divided over tensor-parallel ranks; None if each holds all of it."""
     pipeline_axis: int | None = None
     """Axis that is divided over pipeline stages; None if each holds all of it."""
+    of_stage: bool = False
+    """Whether this pipeline stage alone has an array of this name, such as the sums of one of its layers."""
 
 
 ObserverState = tuple[dict[str, Any], dict[str, LocalPart]]
@@ -165,6 +169,14 @@ class Ranks:
             dist.barrier()
 
 
+def alone(device: torch.device) -> Ranks:
+    """The only process of its job, for models that do not need Megatron; nothing is started."""
+    return Ranks(
+        rank=0, world_size=1, tensor_rank=0, tensor_size=1, pipeline_rank=0, pipeline_size=1, data_rank=0, data_size=1,
+        device=device,
+    )
+
+
 @contextmanager
 def start(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
     """Join this process to its job, lay the job out and seed it; leave it again at the end of the block.
@@ -258,7 +270,7 @@ def _join(rank: int, world_size: int, device: torch.device, timeout_seconds: int
     global _meeting_place, _times_met
     try:
         if _meeting_place is None:
-            _meeting_place = next(rendezvous("env://", rank, world_size, timeout=timeout))[0]
+            _meeting_place = _find_meeting_place(rank, world_size, address, int(port), timeout)
         _meeting_place.set_timeout(timeout)
         _times_met += 1
         # A second start in the same processes must not read the addresses of the first.
@@ -274,6 +286,42 @@ def _join(rank: int, world_size: int, device: torch.device, timeout_seconds: int
             f"process {rank} of {world_size} did not find the others at {address}:{port} within {timeout_seconds} s; "
             f"an earlier error in their logs is the cause. ({str(error).splitlines()[0]})"
         ) from error
+
+
+def _find_meeting_place(
+    rank: int, world_size: int, address: str, port: int, timeout: timedelta
+) -> torch._C._distributed_c10d.Store:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return next(rendezvous("env://", rank, world_size, timeout=timeout))[0]
+    # torchrun's agent keeps one store over restarts. torch tells attempts apart by TORCHELASTIC_RESTART_COUNT, which
+    # agents of several nodes count differently: one that restarts because another node did leaves it as it is, and
+    # their processes would wait for one another in vain. So they agree on a name here.
+    store = torch._C._distributed_c10d.TCPStore(address, port, None, False, timeout, multi_tenant=True)
+    return torch._C._distributed_c10d.PrefixStore(_agree_on_attempt(store, rank, world_size, timeout), store)
+
+
+def _agree_on_attempt(
+    store: torch._C._distributed_c10d.Store, rank: int, world_size: int, timeout: timedelta
+) -> str:
+    """A name for this attempt, the same in all living processes and no earlier attempt's."""
+    own = uuid.uuid4().hex
+    if rank != 0:
+        store.set(f"xalign/here/{rank}", own)
+        name = store.get(f"xalign/attempt-of/{own}").decode()
+        store.set(f"xalign/{name}/{rank}", "")
+        return f"xalign/{name}"
+    # Some of those that are here may be of an earlier attempt; only the living answer.
+    missing, deadline = set(range(1, world_size)), time.monotonic() + timeout.total_seconds()
+    while missing:
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"processes {sorted(missing)} did not come")
+        for other in sorted(missing):
+            if store.check([f"xalign/here/{other}"]):
+                store.set(f"xalign/attempt-of/{store.get(f'xalign/here/{other}').decode()}", own)
+            if store.check([f"xalign/{own}/{other}"]):
+                missing.remove(other)
+        time.sleep(0.02)
+    return f"xalign/{own}"
 
 
 def _lost_a_peer(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ from megatron_xalign.formats.atomic import write_json
 
 VERBS = (
     "quickstart", "corpus", "tokenizer", "preprocess", "verify", "merge", "stats", "pairing",
-    "blend", "train", "analyze", "convert", "report", "doctor",
+    "blend", "train", "launch", "import-args", "analyze", "convert", "report", "doctor",
 )
 
 DOORS = ("preprocess_data",)

@@ -23,8 +23,8 @@ rank = int(os.environ.get("RANK", -1))
 """
 
 
-def run_job(folder: Path, worker: str, processes: int = 2) -> tuple[str, float]:
-    """Run ``worker`` (Python source) under ``run_workers``; return what the WorkerError said and the seconds taken."""
+def run_job(folder: Path, worker: str, processes: int = 2, max_restarts: int = 0) -> tuple[str, float]:
+    """Run ``worker`` (Python source) under ``run_workers``; return what its error said and the seconds taken."""
     package = folder / "megatron_xalign"
     real = Path(__file__).resolve().parents[1] / "megatron_xalign"
     package.mkdir()
@@ -39,16 +39,17 @@ def run_job(folder: Path, worker: str, processes: int = 2) -> tuple[str, float]:
     )
     main = (
         "from megatron_xalign import launch\n"
-        "from megatron_xalign.errors import WorkerError\n"
+        "from megatron_xalign.errors import StoppedEarly, WorkerError\n"
         "if __name__ == '__main__':\n"
-        f"    try: launch.run_workers(['train'], {processes})\n"
-        "    except WorkerError as error: print('SAID', error)\n"
+        f"    try: launch.run_workers(['train'], {processes}, max_restarts={max_restarts})\n"
+        "    except (WorkerError, StoppedEarly) as error: print('SAID', type(error).__name__, error)\n"
         "    else: print('SAID nothing')\n"
     )
     (folder / "job.py").write_text(main, encoding="utf-8")
     started = time.monotonic()
     done = subprocess.run([sys.executable, "job.py"], cwd=folder, capture_output=True, text=True, timeout=150)
     assert "SAID" in done.stdout, done.stderr
+    (folder / "stderr").write_text(done.stderr, encoding="utf-8")
     return done.stdout.split("SAID ", 1)[1], time.monotonic() - started
 
 
@@ -82,7 +83,7 @@ def test_a_clear_error_of_one_worker_is_the_message_of_the_job(tmp_path: Path) -
     time.sleep(600)
     """
     said, seconds = run_job(tmp_path, worker)
-    assert said.strip() == "lr=-1 must be positive."
+    assert said.strip() == "WorkerError lr=-1 must be positive."
     assert seconds < 90
 
 
@@ -120,3 +121,70 @@ def test_a_free_port_passes() -> None:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     check_port(port)
+
+
+@pytest.mark.distributed
+def test_after_a_kill_all_workers_start_again_and_say_why(tmp_path: Path) -> None:
+    worker = """
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    open(f"started-{attempt}-{rank}", "w").close()
+    if attempt == "0" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if attempt == "0":
+        raise WorkerError("lost another process of this job.")
+    """
+    said, _ = run_job(tmp_path, worker, max_restarts=2)
+    assert said.strip() == "nothing"
+    assert sorted(path.name for path in tmp_path.glob("started-*")) == [
+        "started-0-0", "started-0-1", "started-1-0", "started-1-1"
+    ]
+    assert "restart 1 of 2, from the last whole checkpoint: " in (tmp_path / "stderr").read_text(encoding="utf-8")
+
+
+@pytest.mark.distributed
+def test_what_no_restart_can_cure_is_not_attempted_again(tmp_path: Path) -> None:
+    worker = """
+    with open(f"work-of-{rank}", "a") as file:
+        file.write("x")
+    raise ConfigError("lr=-1 must be positive.")
+    """
+    said, _ = run_job(tmp_path, worker, max_restarts=2)
+    assert "lr=-1 must be positive" in said
+    assert [(tmp_path / f"work-of-{rank}").read_text() for rank in range(2)] == ["x", "x"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_stop_signal_to_the_launcher_reaches_the_workers_and_is_no_failure(tmp_path: Path, name: str) -> None:
+    # The workers stop as the command line does: they leave a note and end well.
+    worker = f"""
+    from megatron_xalign import signals
+    open(f"ready-{{rank}}", "w").close()
+    if rank == 0:
+        while not os.path.exists("ready-1"):
+            time.sleep(0.01)
+        os.kill(os.getppid(), signal.{name})
+    deadline = time.monotonic() + 100
+    while not signals.pending() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(rank)
+    launch.report_stop(f"saved after {{signal.Signals(signals.pending()).name}}.")
+    """
+    said, _ = run_job(tmp_path, worker, max_restarts=2)
+    assert said.strip() == f"StoppedEarly saved after {name}."
+
+
+@pytest.mark.distributed
+def test_a_stop_signal_before_the_workers_listen_starts_no_others(tmp_path: Path) -> None:
+    worker = """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as in the first moments of a process
+    open(f"ready-{rank}-{os.environ['TORCHELASTIC_RESTART_COUNT']}", "w").close()
+    if rank == 0:
+        while not os.path.exists("ready-1-0"):
+            time.sleep(0.01)
+        os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(100)
+    """
+    said, _ = run_job(tmp_path, worker, max_restarts=1)
+    assert said.strip() == "StoppedEarly received SIGTERM before the workers had begun."
+    assert not (tmp_path / "ready-0-1").exists()

@@ -17,8 +17,6 @@ from hypothesis import strategies as st
 from megatron_xalign import _native
 
 CSRC = Path(__file__).parents[1] / "csrc"
-PARTS = {"blender": ["blender", "blend_tally", "fair_queue", "fraction_schedule", "order_store"]}
-"""Files under csrc/src that a program under csrc/tests needs, where they are not the one of its name."""
 WEIGHTS = st.lists(st.integers(0, 10**12), min_size=1, max_size=12).filter(any)
 
 
@@ -162,22 +160,6 @@ def test_gather_joins_pieces_of_every_token_width(dtype: str) -> None:
 def test_wrong_arguments_are_value_errors_that_name_them(call: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()  # type: ignore[operator]
-
-
-@pytest.mark.parametrize("name", ["permutation", "blend", "fair_queue", "blender", "order_store", "windows"])
-def test_the_librarys_own_tests_pass(name: str, tmp_path: Path) -> None:
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler here")
-    program = tmp_path / name
-    files = [CSRC / "tests" / f"test_{name}.cpp", *(CSRC / "src" / f"{part}.cpp" for part in PARTS.get(name, [name]))]
-    sources = [str(path) for path in files]
-    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-DNDEBUG", f"-I{CSRC / 'include'}"]
-    command = [compiler, *flags, *sources, "-o", str(program)]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    done = subprocess.run([str(program)], capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

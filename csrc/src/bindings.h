@@ -53,4 +53,7 @@ void bind_streams(py::module_& module);
 // bindings_blend.cpp: how orders of samples and documents are chosen, counted and kept. After bind_streams.
 void bind_blends(py::module_& module);
 
+// bindings_analysis.cpp: measures that NumPy is too slow for.
+void bind_analysis(py::module_& module);
+
 }  // namespace xalign_python

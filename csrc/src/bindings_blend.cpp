@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -296,6 +297,10 @@ void bind_orders(py::module_& module) {
       "batch_positions",
       [](std::uint64_t key, std::int64_t first_step, std::int64_t num_steps, std::int64_t batch_size) {
         if (num_steps < 0 || batch_size < 1) throw std::invalid_argument("num_steps is negative or batch_size below 1.");
+        if (first_step < 0 || num_steps > std::numeric_limits<std::int64_t>::max() - first_step) {
+          throw std::invalid_argument("steps " + std::to_string(first_step) + " and " + std::to_string(num_steps) +
+                                      " from there on are outside int64.");
+        }
         py::array_t<std::int64_t> positions({num_steps, batch_size});
         std::int64_t* data = positions.mutable_data();
         {

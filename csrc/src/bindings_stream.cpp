@@ -181,7 +181,13 @@ class BatchReader {
  public:
   BatchReader(std::shared_ptr<const xalign::SampleIndex> index, const std::vector<std::shared_ptr<SourceStream>>& streams,
               std::int64_t seq_length, xalign::ReadOptions options)
-      : index_(std::move(index)), streams_(streams.begin(), streams.end()), seq_length_(seq_length), options_(options) {}
+      : index_(std::move(index)), streams_(streams.begin(), streams.end()), seq_length_(seq_length), options_(options) {
+    // None of Python comes as a null pointer.
+    if (!index_) throw std::invalid_argument("index is None.");
+    for (const auto& stream : streams_) {
+      if (!stream) throw std::invalid_argument("a stream is None.");
+    }
+  }
 
   std::vector<std::pair<std::int32_t, std::int64_t>> read(const py::array& samples, const py::dict& arrays) const {
     const auto* numbers = data_of<std::int64_t>(samples, 1, "samples");

@@ -44,11 +44,18 @@ BlendTally::BlendTally(const FractionSchedule& schedule, std::vector<bool> is_pa
   slot_of_position_.resize(static_cast<std::size_t>(batch_size));
 }
 
+void BlendTally::check(std::int32_t source, std::int64_t sample) const {
+  if (source >= 0 && static_cast<std::size_t>(source) < sources_.size() && sample >= 0) return;
+  throw std::invalid_argument("there is no source " + std::to_string(source) + " or no sample " +
+                              std::to_string(sample) + ".");
+}
+
 void BlendTally::go_to(std::int64_t sample) {
   if (sample == sample_) return;
   sample_ = sample;
   phase_ = schedule_.phase_of(sample);
-  if (step_ < 0 || sample < step_ * batch_size_ || sample >= (step_ + 1) * batch_size_) {
+  // Not before the first sample of a step and not batch_size after it; nothing here overflows.
+  if (step_ < 0 || sample < step_ * batch_size_ || sample - step_ * batch_size_ >= batch_size_) {
     step_ = sample / batch_size_;
     batch_positions(batch_key_, step_, batch_size_, positions_.data());
     for (std::size_t slot = 0; slot < positions_.size(); ++slot) {
@@ -92,6 +99,8 @@ void BlendTally::add_content(std::int32_t source, std::int64_t sample, std::int6
 
 void BlendTally::add(std::int32_t source, std::int64_t sample, std::int64_t begun_in, const std::int32_t* content,
                      std::int64_t tokens, std::int64_t loss, bool begins_row) {
+  check(source, sample);
+  check(source, begun_in);
   const auto j = static_cast<std::size_t>(source);
   const std::size_t origin = is_parallel_[j];
   sources_[j].tokens += tokens;
@@ -108,8 +117,9 @@ void BlendTally::add(std::int32_t source, std::int64_t sample, std::int64_t begu
 }
 
 void BlendTally::add_content(const CutPiece& piece, const std::int32_t* content, std::int32_t masked) {
-  require(piece.source >= 0 && static_cast<std::size_t>(piece.source) < sources_.size(),
-          "a piece names source " + std::to_string(piece.source) + " of " + std::to_string(sources_.size()) + ".");
+  check(piece.source, piece.sample);
+  check(piece.source, piece.begun_in);
+  require(piece.begin >= 0 && piece.begin <= piece.end, "a piece ends before it begins.");
   std::int64_t sum = 0;
   for (std::size_t column = 0; column < sources_[static_cast<std::size_t>(piece.source)].content.size(); ++column) {
     require(content[column] >= 0, "a piece of source " + std::to_string(piece.source) + " has a negative count.");
@@ -124,6 +134,7 @@ void BlendTally::add_content(const CutPiece& piece, const std::int32_t* content,
 }
 
 void BlendTally::take_back_loss(std::int32_t source, std::int64_t sample, std::int64_t tokens) {
+  check(source, sample);
   const auto j = static_cast<std::size_t>(source);
   const std::size_t origin = is_parallel_[j];
   sources_[j].loss -= tokens;
@@ -133,11 +144,13 @@ void BlendTally::take_back_loss(std::int32_t source, std::int64_t sample, std::i
 }
 
 void BlendTally::add_padding(std::int64_t sample, std::int64_t tokens) {
+  check(0, sample);
   go_to(sample);
   padding_of_slots_[slot_] += tokens;
 }
 
 void BlendTally::add_left_out(std::int32_t source, std::int64_t tokens) {
+  check(source, 0);
   ++sources_[static_cast<std::size_t>(source)].left_out_rows;
   sources_[static_cast<std::size_t>(source)].left_out_tokens += tokens;
 }

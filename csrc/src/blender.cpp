@@ -110,10 +110,13 @@ void Blender::feed(std::int32_t source, const std::int32_t* content, const std::
   supply.rows.erase(supply.rows.begin(), supply.rows.begin() + static_cast<std::ptrdiff_t>(supply.next));
   supply.next = 0;
   supply.rows.reserve(supply.rows.size() + num_draws * supply.width);
-  const auto fail = [&](const char* what) {
-    throw std::invalid_argument("source " + std::to_string(source) + " has " + what + ".");
-  };
   for (std::size_t draw = 0; draw < num_draws; ++draw) {
+    const std::size_t before = supply.rows.size();
+    const auto fail = [&](const char* what) {
+      // Half a draw would be read as one.
+      supply.rows.resize(before);
+      throw std::invalid_argument("source " + std::to_string(source) + " has " + what + ".");
+    };
     std::int64_t sum = 0;
     for (std::size_t column = 0; column < supply.columns.size(); ++column, ++content) {
       if (*content < 0) fail("a negative count");

@@ -11,11 +11,14 @@ namespace {
 __extension__ typedef __int128 int128;
 
 constexpr std::int64_t kLargestSum = std::int64_t{1} << 60;
+constexpr std::int64_t kLargestGiven = std::int64_t{1} << 61;
 
 }  // namespace
 
 FairQueue::FairQueue(std::vector<std::int64_t> weights, std::int64_t window) : window_(window) {
-  if (window < 0) throw std::invalid_argument("window=" + std::to_string(window) + " is negative.");
+  if (window < 0 || window > kLargestSum) {
+    throw std::invalid_argument("window=" + std::to_string(window) + " is outside 0..2^60.");
+  }
   members_.reserve(weights.size());
   for (const std::int64_t weight : weights) {
     if (weight <= 0) throw std::invalid_argument("the weight " + std::to_string(weight) + " is not positive.");
@@ -48,6 +51,7 @@ void FairQueue::offer(std::size_t member, std::int64_t size) {
     throw std::invalid_argument("a piece of " + std::to_string(size) + " tokens is outside 0.." +
                                 std::to_string(window_) + ".");
   }
+  if (size > kLargestGiven - given_) throw std::overflow_error("pieces add up to more than 2^61 tokens.");
   m.size = size;
   ++offered_;
   // total * (given + size - window) < weight * (given of all + size) is when it may come. A piece of nothing may
@@ -63,7 +67,7 @@ void FairQueue::offer(std::size_t member, std::int64_t size) {
 }
 
 std::size_t FairQueue::best() {
-  if (offered_ != members_.size()) throw std::logic_error("a member has no piece.");
+  if (members_.empty() || offered_ != members_.size()) throw std::logic_error("a member has no piece, or there is none.");
   while (!waiting_.empty() && waiting_.front().from <= given_) {
     const std::size_t member = waiting_.front().member;
     std::pop_heap(waiting_.begin(), waiting_.end(), after);

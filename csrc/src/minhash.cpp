@@ -179,7 +179,7 @@ std::vector<std::uint8_t> near_earlier(const std::uint8_t* sketches, std::size_t
     for (std::int64_t later = group_starts[g] + 1; later < group_starts[g + 1]; ++later) {
       if (asked[later] == 0) continue;
       const std::uint8_t* mine = sketches + static_cast<std::size_t>(later) * num_bins;
-      const std::int64_t end = std::min(later, group_starts[g] + max_earlier);
+      const std::int64_t end = max_earlier < later - group_starts[g] ? group_starts[g] + max_earlier : later;
       for (std::int64_t earlier = group_starts[g]; earlier < end; ++earlier) {
         const std::uint8_t* its = sketches + static_cast<std::size_t>(earlier) * num_bins;
         std::int32_t agreeing = 0;

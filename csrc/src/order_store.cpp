@@ -62,7 +62,8 @@ SourceRows::SourceRows(const void* ids, int width_bytes, std::int64_t num_rows, 
           std::to_string(num_sources) + " sources do not fit ids of " + std::to_string(width_bytes) + " bytes.");
   require(num_rows >= 0, "num_rows=" + std::to_string(num_rows) + " is negative.");
   const std::int64_t blocks = num_rows / block_rows_ + (num_rows % block_rows_ > 0);
-  require(num_counts == (blocks + 1) * num_sources,
+  // By division: rows that there cannot be would overflow the product.
+  require(num_counts % num_sources == 0 && num_counts / num_sources == blocks + 1,
           std::to_string(num_counts) + " counts are not those of " + std::to_string(num_rows) + " rows of " +
               std::to_string(num_sources) + " sources.");
 }
@@ -119,7 +120,8 @@ Origin RowWalk::next() {
 
 RowCounter::RowCounter(std::int32_t num_sources)
     : num_sources_(num_sources), block_rows_(rows_per_block(num_sources)) {
-  require(num_sources >= 1, "num_sources=" + std::to_string(num_sources) + " is below 1.");
+  require(num_sources >= 1 && num_sources <= 65536,
+          "num_sources=" + std::to_string(num_sources) + " is outside 1..65536.");
   now_.resize(static_cast<std::size_t>(num_sources), 0);
 }
 
@@ -163,8 +165,8 @@ struct Turn {
   std::int64_t places(std::int64_t run, std::int64_t* positions) const {
     const std::int64_t first = run * kSlotsOfARun, length = std::min(kSlotsOfARun, batch_size - first);
     for (std::int64_t i = 0; i < length; ++i) {
-      const std::int64_t turned = first + i + offset;
-      positions[i] = turned < batch_size ? turned : turned - batch_size;
+      const std::int64_t until_end = batch_size - (first + i);
+      positions[i] = offset < until_end ? first + i + offset : offset - until_end;
     }
     // Fisher-Yates from the back.
     std::uint64_t random = mixed(word ^ mixed(~static_cast<std::uint64_t>(run)));

@@ -20,8 +20,10 @@ void BestFitPacker::add(std::int64_t document, std::int64_t length) {
   }
   if (length == 0) return;
   if (length > window_tokens_) {
+    if (__builtin_add_overflow(packing_.left_out_tokens, length, &packing_.left_out_tokens)) {
+      throw std::overflow_error("documents that are left out add up to more tokens than int64 holds.");
+    }
     ++packing_.left_out_documents;
-    packing_.left_out_tokens += length;
     return;
   }
   std::size_t best = room_.size(), fullest = 0;

@@ -2,12 +2,9 @@
 // memory (the sanitizers watch) and every refusal is an exception of a kind that the headers name.
 //   fuzz_stream [SECONDS] [SEED]
 
-#include <chrono>
-#include <cstdlib>
-#include <limits>
-#include <stdexcept>
+#include <algorithm>
 
-#include "check.h"
+#include "fuzz.h"
 #include "made_file.h"
 #include "xalign/reader.h"
 
@@ -16,48 +13,11 @@ using xalign::SourceStream;
 
 namespace {
 
-class Chance {
- public:
-  explicit Chance(std::uint64_t seed) : random_(seed) {}
-  std::int64_t below(std::int64_t bound) { return static_cast<std::int64_t>(random_.below(static_cast<std::uint64_t>(bound))); }
-  bool one_in(std::int64_t many) { return below(many) == 0; }
-  // Mostly near what is sensible, sometimes anything.
-  std::int64_t number(std::int64_t sensible) {
-    switch (below(6)) {
-      case 0: return static_cast<std::int64_t>(random_.next());
-      case 1: return -below(3) - 1;
-      case 2: return std::numeric_limits<std::int64_t>::max() - below(3);
-      default: return below(sensible + 3);
-    }
-  }
-
- private:
-  xalign::Xoshiro256 random_;
-};
-
 template <typename T>
 void spoil(Chance& chance, const void* array, std::int64_t size, std::int64_t sensible) {
   if (array == nullptr || size == 0 || !chance.one_in(2)) return;
   for (std::int64_t times = 1 + chance.below(3); times > 0; --times) {
     MadeFile::damage<T>(array, chance.below(size), static_cast<T>(chance.number(sensible)));
-  }
-}
-
-std::int64_t refused = 0, passed = 0;
-
-template <typename Call>
-void attempt(Call call) {
-  try {
-    call();
-    ++passed;
-  } catch (const std::invalid_argument&) {
-    ++refused;
-  } catch (const std::out_of_range&) {
-    ++refused;
-  } catch (const xalign::damaged_file&) {
-    ++refused;
-  } catch (const xalign::missing_epoch&) {
-    ++refused;
   }
 }
 
@@ -166,14 +126,5 @@ void once(Chance& chance) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  const double seconds = count > 1 ? std::atof(arguments[1]) : 2.0;
-  const std::uint64_t seed = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1;
-  Chance chance(seed);
-  const auto begin = std::chrono::steady_clock::now();
-  const auto elapsed = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(); };
-  std::int64_t files = 0;
-  for (; elapsed() < seconds || files < 50; ++files) once(chance);
-  std::printf("%lld files, %lld calls passed, %lld refused\n", static_cast<long long>(files),
-              static_cast<long long>(passed), static_cast<long long>(refused));
-  CHECK(passed > 0 && refused > 0);
+  return fuzz(count, arguments, once);
 }

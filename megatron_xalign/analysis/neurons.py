@@ -6,19 +6,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_xalign import _native
+
 AP_THRESHOLDS = (0.5, 0.75, 0.9, 0.95, 0.99)
 """A neuron is counted as specific to a language at each of these; the study reports them."""
 
-# Small enough for the passes over one block to stay in the processor's cache.
-_BLOCK_SCORES = 1 << 16
+_CONVERTED_SCORES = 1 << 22
+"""Scores of other types than float32 and float64 are converted so many at a time."""
 
 
-def average_precision(scores_DN: np.ndarray, in_language_D: np.ndarray) -> np.ndarray:
+def average_precision(scores_DN: np.ndarray, in_language_D: np.ndarray, num_threads: int | None = None) -> np.ndarray:
     """Score how well each neuron alone ranks one language's documents above all others.
 
     1.0 is a perfect detector; a neuron blind to language scores near the language's share of the documents, and a
@@ -27,6 +30,7 @@ def average_precision(scores_DN: np.ndarray, in_language_D: np.ndarray) -> np.nd
     Args:
         scores_DN: float [D, N]. Mean post-activation over each document's tokens.
         in_language_D: bool [D]. True for documents of the language in question.
+        num_threads: OMP_NUM_THREADS, or as many as this process may use, up to 16, if left out.
 
     Returns:
         float64 [N], each in (0, 1]. Tied scores share one threshold, as in scikit-learn; 0.0 and -0.0 tie.
@@ -36,23 +40,83 @@ def average_precision(scores_DN: np.ndarray, in_language_D: np.ndarray) -> np.nd
 
     Source: Kojima et al. 2024, arXiv:2404.02431; sum over distinct scores of (R_k - R_{k-1}) P_k.
     """
+    scores = _scores(scores_DN)
+    return _ranked(scores, _labels(in_language_D, len(scores))[None], num_threads=num_threads)[0]
+
+
+def average_precision_by_language(
+    scores_DN: np.ndarray, language_D: np.ndarray, num_languages: int, num_threads: int | None = None
+) -> np.ndarray:
+    """``average_precision`` of every language against the rest, from one sort of each neuron: float64 [K, N].
+
+    Args:
+        scores_DN: float [D, N].
+        language_D: integers [D]. Number of each document's language, from 0 up.
+        num_languages: K.
+        num_threads: as in ``average_precision``.
+
+    Raises:
+        ValueError: as ``average_precision``, or a number is outside [0, K).
+    """
+    scores, language = _scores(scores_DN), np.asarray(language_D)
+    if language.size and (language.min() < 0 or language.max() >= num_languages):
+        raise ValueError(f"language_D holds numbers outside [0, {num_languages}).")
+    labels_KD = np.stack([_labels(language == number, len(scores)) for number in range(num_languages)])
+    return _ranked(scores, labels_KD, num_threads=num_threads)
+
+
+@dataclass(frozen=True)
+class SignedAveragePrecision:
+    """Average precision of a neuron and of its negative: SwiGLU neurons may speak up below zero."""
+
+    high_N: np.ndarray
+    """float64 [N]: how well high activations tell the language."""
+    low_N: np.ndarray
+    """float64 [N]: how well low (strongly negative) ones do."""
+
+    @property
+    def best_N(self) -> np.ndarray:
+        """float64 [N]: the better of the two. Its chance level is above the language's share."""
+        return np.maximum(self.high_N, self.low_N)
+
+    @property
+    def sign_N(self) -> np.ndarray:
+        """int8 [N]: 1 where high activations tell the language, -1 where low ones tell it better."""
+        return np.where(self.low_N > self.high_N, -1, 1).astype(np.int8)
+
+
+def signed_average_precision(
+    scores_DN: np.ndarray, in_language_D: np.ndarray, num_threads: int | None = None
+) -> SignedAveragePrecision:
+    """``average_precision`` of the scores and of the negated scores; the original method keeps neurons of both ends.
+
+    Raises:
+        ValueError: as ``average_precision``.
+    """
+    scores = _scores(scores_DN)
+    labels = _labels(in_language_D, len(scores))[None]
+    return SignedAveragePrecision(
+        _ranked(scores, labels, num_threads=num_threads)[0],
+        _ranked(scores, labels, lowest_first=True, num_threads=num_threads)[0],
+    )
+
+
+def chance_corrected(average_precision_N: np.ndarray, prevalence: float) -> np.ndarray:
+    """(AP - prevalence) / (1 - prevalence): 0 at chance and 1 for a perfect detector, whatever the language's share.
+
+    Raises:
+        ValueError: ``prevalence``, the share of the documents that are in the language, is not in (0, 1).
+    """
+    if not 0.0 < prevalence < 1.0:
+        raise ValueError(f"prevalence={prevalence} is outside (0, 1).")
+    return (np.asarray(average_precision_N, np.float64) - prevalence) / (1.0 - prevalence)
+
+
+def _scores(scores_DN: np.ndarray) -> np.ndarray:
     scores = np.asarray(scores_DN)
     if scores.ndim != 2 or scores.dtype.kind not in "fiub":
         raise ValueError(f"scores_DN is {scores.dtype} of shape {scores.shape}; real numbers [D, N] are needed.")
-    labels = _labels(in_language_D, len(scores))
-    precision_N = np.empty(scores.shape[1])
-    block = max(1, _BLOCK_SCORES // len(scores))
-    for start in range(0, scores.shape[1], block):
-        chunk_DN = scores[:, start : start + block]
-        finite_DN = np.isfinite(chunk_DN)
-        if not finite_DN.all():
-            document, neuron = np.argwhere(~finite_DN)[0]
-            raise ValueError(
-                f"scores_DN[{document}, {start + neuron}] is {chunk_DN[document, neuron]}; an empty document or a "
-                "diverged model gives such scores."
-            )
-        precision_N[start : start + block] = _average_precision_of_block(chunk_DN, labels)
-    return precision_N
+    return scores
 
 
 def _labels(in_language_D: np.ndarray, num_documents: int) -> np.ndarray:
@@ -71,41 +135,47 @@ def _labels(in_language_D: np.ndarray, num_documents: int) -> np.ndarray:
     return labels
 
 
-def _average_precision_of_block(scores_DN: np.ndarray, labels_D: np.ndarray) -> np.ndarray:
-    """AP of the neurons of one block whose arrays all fit in memory."""
-    num_documents, num_neurons = scores_DN.shape
-    hit_ND, last_of_tie_ND = _ranked(np.ascontiguousarray(scores_DN.T), labels_D)
-    # Running over the flattened block, hits and ranks of a neuron start where those of the one before ended.
-    hits = np.cumsum(hit_ND.reshape(-1), dtype=np.int64)
-    ends = np.flatnonzero(last_of_tie_ND.reshape(-1))
-    hits = hits[ends]
-    new_hits = np.diff(hits, prepend=0)
-    with_hits = np.flatnonzero(new_hits)
-    ends, hits, new_hits = ends[with_hits], hits[with_hits], new_hits[with_hits]
-    neuron = ends // num_documents
-    num_positives = int(np.count_nonzero(labels_D))
-    precision = (hits - neuron * num_positives) / (ends - neuron * num_documents + 1)
-    return np.bincount(neuron, weights=precision * new_hits, minlength=num_neurons) / num_positives
+def _ranked(
+    scores_DN: np.ndarray, labels_MD: np.ndarray, lowest_first: bool = False, num_threads: int | None = None
+) -> np.ndarray:
+    """AP of every neuron for each of M groups of documents: float64 [M, N]."""
+    threads, labels_MD = num_threads or _num_threads(), np.ascontiguousarray(labels_MD, np.uint8)
+    if _is_native(scores_DN):
+        return _native.average_precision(scores_DN, labels_MD, lowest_first, threads)
+    # float16 and short integers are exact in float32; the kernel is faster there.
+    kind = np.promote_types(scores_DN.dtype, np.float16 if scores_DN.dtype.kind == "b" else np.float32)
+    wide = np.float32 if kind == np.float32 else np.float64
+    precision_MN = np.empty((len(labels_MD), scores_DN.shape[1]))
+    block = max(1, _CONVERTED_SCORES // len(scores_DN))
+    for start in range(0, scores_DN.shape[1], block):
+        chunk_DN = np.ascontiguousarray(scores_DN[:, start : start + block], wide)
+        try:
+            precision_MN[:, start : start + block] = _native.average_precision(
+                chunk_DN, labels_MD, lowest_first, threads
+            )
+        except ValueError:
+            not_finite = np.argwhere(~np.isfinite(chunk_DN))
+            if not not_finite.size:
+                raise
+            document, neuron = not_finite[np.lexsort(not_finite.T)[0]]
+            raise ValueError(
+                f"scores_DN[{document}, {start + neuron}] is {chunk_DN[document, neuron]}; an empty document or a "
+                "diverged model gives such scores."
+            ) from None
+    return precision_MN
 
 
-def _ranked(scores_ND: np.ndarray, labels_D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per neuron, labels in descending order of score, and where each run of tied scores ends (bool [N, D])."""
-    last_ND = np.ones(scores_ND.shape, np.bool_)
-    if scores_ND.dtype.kind == "f" and scores_ND.dtype.itemsize <= 4:
-        # Score and label in one integer: sorting integers is several times faster than sorting indices.
-        # Adding 0.0 turns -0.0 into 0.0, so that they tie.
-        bits = (scores_ND.astype(np.float32, copy=False) + np.float32(0.0)).view(np.uint32)
-        descending = np.where(bits >> 31 == 1, bits, ~(bits | np.uint32(0x80000000)))
-        packed = descending.astype(np.uint64) << np.uint64(1) | labels_D.astype(np.uint64)
-        packed.sort(axis=1)
-        key = packed >> np.uint64(1)
-        np.not_equal(key[:, 1:], key[:, :-1], out=last_ND[:, :-1])
-        return (packed & np.uint64(1)).astype(np.bool_), last_ND
-    scores_ND = scores_ND.astype(np.float64, copy=False)
-    order_ND = np.argsort(-scores_ND, axis=1)
-    ordered_ND = np.take_along_axis(scores_ND, order_ND, axis=1)
-    np.not_equal(ordered_ND[:, 1:], ordered_ND[:, :-1], out=last_ND[:, :-1])
-    return labels_D[order_ND], last_ND
+def _is_native(scores_DN: np.ndarray) -> bool:
+    return (
+        scores_DN.dtype in (np.dtype(np.float32), np.dtype(np.float64))
+        and scores_DN.flags.aligned
+        and all(stride % scores_DN.itemsize == 0 for stride in scores_DN.strides)
+    )
+
+
+def _num_threads() -> int:
+    stated = os.environ.get("OMP_NUM_THREADS", "")
+    return int(stated) if stated.isdecimal() and int(stated) > 0 else min(len(os.sched_getaffinity(0)), 16)
 
 
 def count_at_least(scores: np.ndarray, thresholds: Sequence[float] = AP_THRESHOLDS) -> np.ndarray:
@@ -127,8 +197,9 @@ def permuted_average_precision(
     if num_permutations < 1:
         raise ValueError(f"num_permutations={num_permutations} must be positive.")
     generator = np.random.default_rng(seed)
-    labels = np.asarray(in_language_D)
-    return np.stack([average_precision(scores_DN, generator.permutation(labels)) for _ in range(num_permutations)])
+    scores = _scores(scores_DN)
+    labels = _labels(in_language_D, len(scores))
+    return _ranked(scores, np.stack([generator.permutation(labels) for _ in range(num_permutations)]))
 
 
 def top_neurons(scores_N: np.ndarray, count: int) -> np.ndarray:
@@ -145,12 +216,78 @@ def top_neurons(scores_N: np.ndarray, count: int) -> np.ndarray:
     return np.argsort(-scores.astype(np.float64), kind="stable")[:count]
 
 
+def middle_neurons(scores_N: np.ndarray, count: int) -> np.ndarray:
+    """Ids of the ``count`` neurons around the median score, lowest first: the study's neurons of no language.
+
+    Equal scores are in descending order of id, as ``top_neurons`` reversed, so that the two never overlap by chance.
+
+    Raises:
+        ValueError: as ``top_neurons``.
+    """
+    ascending = top_neurons(scores_N, np.asarray(scores_N).size)[::-1]
+    if not 0 <= count <= ascending.size:
+        raise ValueError(f"count={count} is outside [0, {ascending.size}], the number of neurons.")
+    first = min(max(ascending.size // 2 - count // 2, 0), ascending.size - count)
+    return ascending[first : first + count]
+
+
 def jaccard(neurons_a: np.ndarray, neurons_b: np.ndarray) -> float:
     """Size of the intersection of two sets of neuron ids over that of their union; 1.0 for two empty sets."""
     a, b = np.unique(neurons_a), np.unique(neurons_b)
     both = np.intersect1d(a, b, assume_unique=True).size
     union = a.size + b.size - both
     return both / union if union else 1.0
+
+
+def jaccard_matrix(sets: Sequence[np.ndarray]) -> np.ndarray:
+    """``jaccard`` of every pair of sets, of languages, checkpoints or runs: float64 [S, S], symmetric, ones inside."""
+    matrix = np.ones((len(sets), len(sets)))
+    for one in range(len(sets)):
+        for other in range(one):
+            matrix[one, other] = matrix[other, one] = jaccard(sets[one], sets[other])
+    return matrix
+
+
+def chance_jaccard(size_a: int, size_b: int, num_neurons: int) -> float:
+    """What ``jaccard`` is about for two sets of these sizes drawn at random: that of their mean overlap.
+
+    Raises:
+        ValueError: a size is negative or above ``num_neurons``.
+    """
+    if not (0 <= size_a <= num_neurons and 0 <= size_b <= num_neurons):
+        raise ValueError(f"sizes {size_a} and {size_b} of {num_neurons} neurons.")
+    both = size_a * size_b / num_neurons if num_neurons else 0.0
+    union = size_a + size_b - both
+    return both / union if union else 1.0
+
+
+def split_half_jaccard(
+    scores_DN: np.ndarray, in_language_D: np.ndarray, count: int, unit_D: np.ndarray | None = None, seed: int = 0
+) -> float:
+    """``jaccard`` of the ``count`` best neurons found on two halves of the documents: how sure the set is.
+
+    Args:
+        scores_DN: float [D, N].
+        in_language_D: bool [D].
+        count: size of the two sets.
+        unit_D: what documents belong together, such as the pair a sentence is of; a unit is in one half. Each document
+            by itself if left out.
+        seed: of the cut.
+
+    Raises:
+        ValueError: as ``average_precision`` and ``top_neurons``; a half may be without the language.
+    """
+    scores = _scores(scores_DN)
+    labels = _labels(in_language_D, len(scores))
+    unit = np.arange(len(scores)) if unit_D is None else np.unique(np.asarray(unit_D), return_inverse=True)[1]
+    if unit.shape != (len(scores),):
+        raise ValueError(f"unit_D has shape {unit.shape}; scores_DN has {len(scores)} documents.")
+    order = np.random.default_rng(seed).permutation(int(unit.max()) + 1)
+    in_first_D = (order < (len(order) + 1) // 2)[unit]
+    halves = [
+        top_neurons(average_precision(scores[half_D], labels[half_D]), count) for half_D in (in_first_D, ~in_first_D)
+    ]
+    return jaccard(*halves)
 
 
 @dataclass(frozen=True)

@@ -105,3 +105,75 @@ def silhouette(points_DH: np.ndarray, group_D: np.ndarray) -> float:
         score = np.divide(nearest - within, larger, out=np.zeros(len(rows)), where=larger > 0)
         total += float(score[size[own] > 1].sum())
     return total / len(points)
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """How well a linear classifier tells the groups apart on sentences it was not fitted on."""
+
+    accuracy: float
+    """Share of all sentences classified right, each by the fold it was held out of."""
+    by_fold: np.ndarray
+    """float64 [folds]: the same by fold."""
+    chance: float
+    """Share of the largest group."""
+
+
+def linear_probe(
+    points_DH: np.ndarray,
+    group_D: np.ndarray,
+    unit_D: np.ndarray | None = None,
+    num_folds: int = 5,
+    ridge: float = 1e-3,
+    seed: int = 0,
+) -> LinearProbe:
+    """Cross-validated accuracy of ridge regression to one-hot groups: the statistic beside the picture.
+
+    Args:
+        points_DH: float [D, H].
+        group_D: [D]. What to tell, such as the language of each sentence.
+        unit_D: [D]. What must not be split between fitting and testing, such as the pair a sentence is of; each
+            sentence by itself if left out.
+        num_folds: units are dealt to so many parts.
+        ridge: as a share of the mean variance of a feature.
+        seed: of the dealing.
+
+    Raises:
+        ValueError: lengths differ, a value is not finite, there are fewer than two groups or fewer units than folds, a
+            fold leaves no sentence of a group to fit on, or all sentences are the same point.
+    """
+    points = as_representations(points_DH, "points_DH", min_sentences=2)
+    num = len(points)
+    unit_D = np.arange(num) if unit_D is None else np.asarray(unit_D)
+    if np.shape(group_D) != (num,) or unit_D.shape != (num,):
+        raise ValueError(
+            f"group_D has shape {np.shape(group_D)} and unit_D {unit_D.shape}; points_DH has {num} points."
+        )
+    check_varies(points, "points_DH")
+    groups, member_D = np.unique(group_D, return_inverse=True)
+    units, number_D = np.unique(unit_D, return_inverse=True)
+    if len(groups) < 2 or not 2 <= num_folds <= len(units):
+        raise ValueError(f"{len(groups)} group(s) and {len(units)} units in {num_folds} folds; two of each are needed.")
+    fold_D = (np.random.default_rng(seed).permutation(len(units)) % num_folds)[number_D]
+    points = points - points.mean(axis=0)
+    points /= np.sqrt(np.square(points).mean())
+    right_D = np.zeros(num, np.bool_)
+    for fold in range(num_folds):
+        held_D = fold_D == fold
+        fit, own = points[~held_D], member_D[~held_D]
+        counts = np.bincount(own, minlength=len(groups))
+        if not counts.all():
+            raise ValueError(f"fold {fold} leaves no sentence of group {groups[counts.argmin()]} to fit on.")
+        mean_H = fit.mean(axis=0)
+        target = np.eye(len(groups))[own] - counts / len(own)
+        fit = fit - mean_H
+        slack = ridge * len(fit)
+        if len(fit) <= fit.shape[1]:
+            dual = np.linalg.solve(fit @ fit.T + slack * np.eye(len(fit)), target)
+            weight = fit.T @ dual
+        else:
+            weight = np.linalg.solve(fit.T @ fit + slack * np.eye(fit.shape[1]), fit.T @ target)
+        scores = (points[held_D] - mean_H) @ weight + counts / len(own)
+        right_D[held_D] = scores.argmax(axis=1) == member_D[held_D]
+    by_fold = np.array([right_D[fold_D == fold].mean() for fold in range(num_folds)])
+    return LinearProbe(float(right_D.mean()), by_fold, float(np.bincount(member_D).max() / num))

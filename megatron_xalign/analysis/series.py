@@ -54,6 +54,12 @@ class AnalysisOptions:
     """Quantile of activation probability a neuron must exceed somewhere to be selected."""
     bar_rate: float = 0.95
     """Quantile of activation probability that makes a selected neuron a language's own."""
+    top_neurons: int = 1000
+    """Size of the sets of best neurons whose overlap is measured; a hundredth of all neurons where that is less."""
+    csls_neighbours: int = 10
+    """Neighbours that retrieval with CSLS takes for a hub's; fewer where there are fewer sentences."""
+    probe_folds: int = 5
+    """Parts of the sentences for the linear language probe's cross-validation."""
 
 
 @dataclass
@@ -63,6 +69,9 @@ class _Notes:
     lape_source: dict[str, str] = field(default_factory=dict)
     lape_bar: dict[str, float] = field(default_factory=dict)
     pwcca_ranks: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    top_by_step: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
+    sentence_values: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    """By measure, one array [pairs of languages, P] for every step and layer, or [K, P] for every step, in order."""
 
 
 def analyze_run(
@@ -101,16 +110,17 @@ def analyze_run(
         _check_alike(last, stats)
         rows += _lape_rows(stats, options, notes)
         if stats.has_probe:
-            ap_rows, ap_scores = _average_precision_rows(stats, options)
+            ap_rows, ap_scores = _average_precision_rows(stats, options, notes)
             rows += ap_rows
-            rows += _loss_rows(stats, counts_RP)
+            rows += _loss_rows(stats, counts_RP, notes)
             for layer, fixed in zip(range(EMBEDDING, stats.num_layers), axes, strict=True):
                 with _named(stats, layer, "residual stream"):
                     acts_DH = as_representations(stats.layer("probe_residual_mean_DMH", layer))
-                rows += _residual_rows(stats, layer, acts_DH, counts_RP, options, notes)
+                rows += _residual_rows(stats, layer, acts_DH, counts_RP, options, notes, stats.step == last.step)
                 # The axes are fixed so that a film over steps does not jump; the centre is each step's own, so that
                 # the cloud stays in view.
                 coordinates.append(centre(acts_DH) @ fixed.basis_CH.T)
+    rows += _kept_rows(last, folders, rows, notes)
     arrays: dict[str, np.ndarray] = {}
     if last.has_probe:
         arrays = {
@@ -121,6 +131,7 @@ def analyze_run(
         }
         if len(ap_scores):
             arrays["ap_scores"] = ap_scores
+        arrays |= _sentence_arrays(notes, len(folders))
     results = Results(_context(run, config, last, folders, options, notes, rows), rows, arrays)
     write_results(run.analysis, results)
     return results
@@ -215,7 +226,9 @@ def _layers_and_all(counts_L: Sequence[float]) -> Iterator[tuple[int | None, flo
 # --- neurons -------------------------------------------------------------------------------------------------------
 
 
-def _average_precision_rows(stats: NeuronStats, options: AnalysisOptions) -> tuple[list[Row], np.ndarray]:
+def _average_precision_rows(
+    stats: NeuronStats, options: AnalysisOptions, notes: _Notes
+) -> tuple[list[Row], np.ndarray]:
     """Counts of language-specific neurons, and the scores of all: float32 [K, L, F] (0 for languages not probed)."""
     probed = _probed(stats)
     scores_KLF = np.zeros((len(stats.languages), stats.num_layers, stats.ffn_hidden_size), np.float32)
@@ -225,14 +238,22 @@ def _average_precision_rows(stats: NeuronStats, options: AnalysisOptions) -> tup
     order = np.concatenate([stats.rows(language) for language in probed])
     own_D = np.repeat(np.arange(len(probed)), len(stats.pair_ids))
     counts: dict[tuple[str, str], list[float]] = {}
+    in_first_D = np.tile(
+        np.random.default_rng(options.seed).permutation(len(stats.pair_ids)) % 2 == 0, len(probed)
+    )
+    halves_LKF: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for layer in range(stats.num_layers):
         scores_DF = stats.layer("probe_neuron_mean_DLF", layer)[order]
+        with _named(stats, layer, ", ".join(probed)):
+            precision_KF = neurons.average_precision_by_language(scores_DF, own_D, len(probed))
+        for half_LKF, half_D in zip(halves_LKF, (in_first_D, ~in_first_D), strict=True):
+            half_LKF.append(neurons.average_precision_by_language(scores_DF[half_D], own_D[half_D], len(probed)))
         for number, language in enumerate(probed):
-            with _named(stats, layer, language):
-                precision_F = neurons.average_precision(scores_DF, own_D == number)
-                null_RF = neurons.permuted_average_precision(
-                    scores_DF, own_D == number, options.num_permutations, options.seed
-                )
+            precision_F = precision_KF[number]
+            low_F = neurons.average_precision(-scores_DF, own_D == number)
+            null_RF = neurons.permuted_average_precision(
+                scores_DF, own_D == number, options.num_permutations, options.seed
+            )
             scores_KLF[stats.languages.index(language), layer] = precision_F
             for threshold, count in zip(
                 neurons.AP_THRESHOLDS, neurons.count_at_least(precision_F), strict=True
@@ -240,9 +261,40 @@ def _average_precision_rows(stats: NeuronStats, options: AnalysisOptions) -> tup
                 counts.setdefault((f"ap_count_{threshold:g}", language), []).append(float(count))
             null = float(neurons.count_at_least(null_RF, [NULL_THRESHOLD])[0]) / options.num_permutations
             counts.setdefault((f"ap_null_{NULL_THRESHOLD:g}", language), []).append(null)
+            low = float(neurons.count_at_least(low_F, [NULL_THRESHOLD])[0])
+            counts.setdefault((f"ap_low_count_{NULL_THRESHOLD:g}", language), []).append(low)
     for (measure, language), counts_L in counts.items():
         rows += [_row(stats, measure, layer, language, count) for layer, count in _layers_and_all(counts_L)]
+    size = _top_size(stats, options)
+    top = {
+        language: neurons.top_neurons(scores_KLF[stats.languages.index(language)], size) for language in probed
+    }
+    notes.top_by_step[stats.step] = top
+    for one, other in itertools.combinations(probed, 2):
+        rows.append(_row(stats, "ap_top_jaccard", None, f"{one}-{other}", neurons.jaccard(top[one], top[other])))
+    for number, language in enumerate(probed):
+        first, second = (
+            neurons.top_neurons(np.stack(half_LKF)[:, number].astype(np.float32), size) for half_LKF in halves_LKF
+        )
+        rows.append(_row(stats, "ap_top_split_half", None, language, neurons.jaccard(first, second)))
     return rows, scores_KLF
+
+
+def _top_size(stats: NeuronStats, options: AnalysisOptions) -> int:
+    return max(1, min(options.top_neurons, stats.num_layers * stats.ffn_hidden_size // 100))
+
+
+def _kept_rows(
+    last: NeuronStats, folders: list[tuple[int, Path]], rows: list[Row], notes: _Notes
+) -> list[Row]:
+    """How much each step's best neurons are already those of the last step."""
+    consumed = {row.step: row.consumed_tokens for row in rows}
+    final = notes.top_by_step.get(last.step, {})
+    return [
+        Row(step, consumed[step], "ap_top_kept", None, language, neurons.jaccard(top, final[language]))
+        for step, _ in folders
+        for language, top in notes.top_by_step.get(step, {}).items()
+    ]
 
 
 def _lape_rows(stats: NeuronStats, options: AnalysisOptions, notes: _Notes) -> list[Row]:
@@ -271,9 +323,12 @@ def _lape_rows(stats: NeuronStats, options: AnalysisOptions, notes: _Notes) -> l
 # --- loss ----------------------------------------------------------------------------------------------------------
 
 
-def _loss_rows(stats: NeuronStats, counts_RP: np.ndarray | None) -> list[Row]:
+def _loss_rows(stats: NeuronStats, counts_RP: np.ndarray | None, notes: _Notes) -> list[Row]:
     """Loss on the probe per language; over tokens, and over bytes, which compares between tokenizers."""
     rows = []
+    if stats.pair_ids:
+        losses = np.stack([stats.probe_nll_D[stats.rows(language)] for language in _probed(stats)])
+        notes.sentence_values.setdefault("sentence_nll", []).append(losses)
     for language in _probed(stats):
         where = stats.rows(language)
         nats_P = stats.probe_nll_D[where]
@@ -303,6 +358,7 @@ def _residual_rows(
     counts_RP: np.ndarray | None,
     options: AnalysisOptions,
     notes: _Notes,
+    is_last: bool,
 ) -> list[Row]:
     """Every measure of one layer's sentence vectors; ``layer`` -1 is the embedding output."""
     probed = _probed(stats)
@@ -312,18 +368,42 @@ def _residual_rows(
             rows.append(
                 _row(stats, "silhouette", layer, "", projection.silhouette(acts_DH, stats.document_language_ids))
             )
+        with _named(stats, layer, "linear probe"):
+            told = projection.linear_probe(
+                acts_DH, stats.document_language_ids, np.array(stats.index.document_pairs),
+                min(options.probe_folds, len(stats.pair_ids)), seed=options.seed,
+            )  # fmt: skip
+        rows.append(_row(stats, "language_probe", layer, "", told.accuracy))
+    gaps, hits = [], []
     for one, other in itertools.combinations(probed, 2):
         subject = f"{one}-{other}"
         assert counts_RP is not None  # two probed languages have complete pairs, see _last_axes
         with _named(stats, layer, subject):
-            values = _pair_measures(acts_DH[stats.rows(one)], acts_DH[stats.rows(other)], counts_RP, options)
+            values = _pair_measures(acts_DH[stats.rows(one)], acts_DH[stats.rows(other)], counts_RP, options, is_last)
         rank_a, rank_b = values.ranks
         notes.pwcca_ranks.setdefault(subject, {})[str(layer)] = [rank_a, rank_b]
         rows += [
             _row(stats, measure, layer, subject, value, values.intervals.get(measure))
             for measure, value in values.values.items()
         ]
+        gaps.append(values.sentence_gap_P)
+        hits.append(values.sentence_hits_P)
+    if gaps:
+        notes.sentence_values.setdefault("sentence_gap", []).append(np.stack(gaps))
+        notes.sentence_values.setdefault("sentence_retrieval", []).append(np.stack(hits))
     return rows
+
+
+def _sentence_arrays(notes: _Notes, num_steps: int) -> dict[str, np.ndarray]:
+    """What each pair of sentences adds to a measure, for tests between runs on the same sentences."""
+    arrays = {}
+    for name, values in notes.sentence_values.items():
+        stacked = np.stack(values)
+        if name != "sentence_nll":
+            # [T x M, J, P] to [T, J, M, P]
+            stacked = stacked.reshape(num_steps, -1, *stacked.shape[1:]).swapaxes(1, 2)
+        arrays[name] = np.ascontiguousarray(stacked, np.uint8 if name == "sentence_retrieval" else np.float32)
+    return arrays
 
 
 @dataclass(frozen=True)
@@ -331,10 +411,13 @@ class _PairMeasures:
     values: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     ranks: tuple[int, int]
+    sentence_gap_P: np.ndarray
+    sentence_hits_P: np.ndarray
+    """uint8: directions, 0 to 2, in which the translation is found with languages centred."""
 
 
 def _pair_measures(
-    acts_a_PH: np.ndarray, acts_b_PH: np.ndarray, counts_RP: np.ndarray, options: AnalysisOptions
+    acts_a_PH: np.ndarray, acts_b_PH: np.ndarray, counts_RP: np.ndarray, options: AnalysisOptions, is_last: bool
 ) -> _PairMeasures:
     plain = similarity.cosine(acts_a_PH, acts_b_PH)
     centred = similarity.cosine(acts_a_PH, acts_b_PH, centred=True)
@@ -342,6 +425,9 @@ def _pair_measures(
     debiased = _debiased(*acts_a_PH.shape)
     found = retrieval.bitext_accuracy(acts_a_PH, acts_b_PH)
     found_centred = retrieval.bitext_accuracy(acts_a_PH, acts_b_PH, centred=True)
+    found_csls = retrieval.bitext_accuracy(
+        acts_a_PH, acts_b_PH, csls_neighbours=min(options.csls_neighbours, len(acts_a_PH))
+    )
     values = {
         "cosine_translation": plain.translation,
         "cosine_random": plain.random,
@@ -349,6 +435,8 @@ def _pair_measures(
         "cosine_centred_gap": centred.gap,
         "cosine_auc": retrieval.cosine_auc(acts_a_PH, acts_b_PH),
         "pwcca": canonical.mean,
+        "pwcca_forward": canonical.forward,
+        "pwcca_backward": canonical.backward,
         "pwcca_permuted": canonical.permuted,
         "cka": similarity.linear_cka(acts_a_PH, acts_b_PH, debiased),
         "cka_permuted": similarity.permuted_cka(
@@ -358,8 +446,13 @@ def _pair_measures(
         "retrieval_forward": found.forward,
         "retrieval_backward": found.backward,
         "retrieval_centred": found_centred.mean,
+        "retrieval_csls": found_csls.mean,
         "mexa": retrieval.mexa(acts_a_PH, acts_b_PH),
     }
+    if is_last:
+        # Decompositions of their own; over training they would cost more than all the rest.
+        values["pwcca_split"] = similarity.pwcca(acts_a_PH, acts_b_PH, mode="split").value
+        values["svcca"] = similarity.svcca(acts_a_PH, acts_b_PH).value
     intervals = {
         "cosine_gap": similarity.resampled_cosine_gap(acts_a_PH, acts_b_PH, counts_RP),
         "cosine_centred_gap": similarity.resampled_cosine_gap(acts_a_PH, acts_b_PH, counts_RP, centred=True),
@@ -370,6 +463,7 @@ def _pair_measures(
         ("retrieval_forward", found.forward_hit_D),
         ("retrieval_backward", found.backward_hit_D),
         ("retrieval_centred", (found_centred.forward_hit_D.astype(float) + found_centred.backward_hit_D) / 2),
+        ("retrieval_csls", (found_csls.forward_hit_D.astype(float) + found_csls.backward_hit_D) / 2),
         ("mexa", found.forward_hit_D & found.backward_hit_D),
     ):
         intervals[measure] = counts_RP @ hit_P / len(hit_P)
@@ -377,6 +471,8 @@ def _pair_measures(
         values,
         {measure: resampling.percentile_interval(values_R) for measure, values_R in intervals.items()},
         (canonical.rank_a, canonical.rank_b),
+        similarity.sentence_gaps(acts_a_PH, acts_b_PH),
+        found_centred.forward_hit_D.astype(np.uint8) + found_centred.backward_hit_D,
     )
 
 
@@ -392,6 +488,21 @@ def _last_axes(last: NeuronStats) -> list[projection.Projection]:
         raise FormatError(
             f"{last.folder} has {len(last.pair_ids)} probe pairs with a sentence in every probed language "
             f"({', '.join(_probed(last))}); at least 4 are needed, and some hundreds for numbers that mean something."
+        )
+    complete = set(last.pair_ids)
+    if len(complete) < len(set(last.index.document_pairs)):
+        pair = next(pair for pair in last.index.document_pairs if pair not in complete)
+        held = {
+            language
+            for language, of in zip(last.document_languages, last.index.document_pairs, strict=True)
+            if of == pair
+        }
+        missing = [language for language in _probed(last) if language not in held]
+        raise FormatError(
+            f"{last.folder}: {len(set(last.index.document_pairs)) - len(complete)} of "
+            f"{len(set(last.index.document_pairs))} probe pairs lack a sentence in a probed language, the first is "
+            f"{pair}, which has none in {', '.join(missing)}. Languages can only be compared on the same sentences: "
+            "take such pairs out of the probe, or translate them."
         )
     axes = []
     for layer in range(EMBEDDING, last.num_layers):
@@ -421,6 +532,10 @@ def _context(
             "mexa": 1 / (2 * num_pairs - 1),
             "cosine_auc": 0.5,
             "average_precision": {language: 1 / len(probed) for language in probed},
+            "language_probe": 1 / len(probed),
+            "ap_top_jaccard": neurons.chance_jaccard(
+                _top_size(last, options), _top_size(last, options), last.num_layers * last.ffn_hidden_size
+            ),
             "pwcca": _mean_of(rows, "pwcca_permuted"),
             "cka": _mean_of(rows, "cka_permuted"),
         }
@@ -435,6 +550,9 @@ def _context(
         "hidden_size": last.hidden_size,
         "num_neurons": last.num_layers * last.ffn_hidden_size,
         "num_pairs": num_pairs,
+        "pair_ids": last.pair_ids,
+        "language_pairs": [f"{one}-{other}" for one, other in itertools.combinations(probed, 2)],
+        "top_neurons": _top_size(last, options),
         "num_documents": len(last.document_ids),
         "sentences_per_feature": num_pairs / last.hidden_size,
         "pooling": last.index.pooling,

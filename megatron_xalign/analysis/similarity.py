@@ -6,15 +6,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
+from megatron_xalign.analysis import canonical
+from megatron_xalign.analysis.canonical import RANK_TOLERANCE
+from megatron_xalign.analysis.moments import PairMoments, Scatter
 from megatron_xalign.analysis.representations import as_pair, centre, check_varies, unit_rows
 
-RANK_TOLERANCE = 1e-6
-"""Directions with less than this share of the largest variance are rounding, not signal."""
+__all__ = [
+    "RANK_TOLERANCE",
+    "SVCCA_EPSILON",
+    "CosineSimilarity",
+    "MinibatchCka",
+    "Pwcca",
+    "PwccaWithBaseline",
+    "Svcca",
+    "cka_from_moments",
+    "cosine",
+    "linear_cka",
+    "permuted_cka",
+    "pwcca",
+    "pwcca_from_moments",
+    "pwcca_with_baseline",
+    "resampled_cosine_gap",
+    "sentence_gaps",
+    "svcca",
+]  # fmt: skip
+
 SVCCA_EPSILON = 1e-10
 """Ridge of the SVCCA tutorial, relative to the largest variance."""
 
@@ -44,6 +66,10 @@ class CosineSimilarity:
         """``translation - random``: how much closer translations are."""
         return self.translation - self.random
 
+    def percentiles(self, shares: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95)) -> np.ndarray:
+        """Quantiles of the cosines of translations: a mean hides whether all or some of them are close."""
+        return np.quantile(self.translation_D, shares)
+
 
 def cosine(acts_a_DH: np.ndarray, acts_b_DH: np.ndarray, centred: bool = False) -> CosineSimilarity:
     """Compare translations with random pairs by cosine, without drawing random pairs.
@@ -63,6 +89,17 @@ def cosine(acts_a_DH: np.ndarray, acts_b_DH: np.ndarray, centred: bool = False) 
     return CosineSimilarity(
         np.einsum("dh,dh->d", unit_a, unit_b), float(unit_a.mean(axis=0) @ unit_b.mean(axis=0))
     )
+
+
+def sentence_gaps(acts_a_DH: np.ndarray, acts_b_DH: np.ndarray, centred: bool = False) -> np.ndarray:
+    """What each sentence adds to ``cosine(...).gap``, its mean: float64 [D].
+
+    The cosine of the translation minus the mean cosine of either side to all sentences of the other language. One such
+    number for each sentence is what tests between runs on the same sentences need.
+    """
+    unit_a, unit_b = _unit_pair(acts_a_DH, acts_b_DH, centred)
+    random_D = (unit_a @ unit_b.mean(axis=0) + unit_b @ unit_a.mean(axis=0)) / 2
+    return np.einsum("dh,dh->d", unit_a, unit_b) - random_D
 
 
 def resampled_cosine_gap(
@@ -105,6 +142,15 @@ class Pwcca:
     """Directions of the first representation that were used."""
     rank_b: int
     """Directions of the second."""
+    width_a: int = field(default=0, kw_only=True)
+    """Features of the first representation."""
+    width_b: int = field(default=0, kw_only=True)
+    """Of the second."""
+
+    @property
+    def rank_deficient(self) -> bool:
+        """Whether directions were left out of one of the two: constant or dependent features, or too few sentences."""
+        return self.rank_a < self.width_a or self.rank_b < self.width_b
 
 
 @dataclass(frozen=True)
@@ -142,7 +188,8 @@ def pwcca(
       those are arbitrary, and the value can move in its third digit with the linear algebra library.
     - ``svcca``: what google/svcca computes, number for number, and with it the study: directions without the whitening
       factor, the mean of feature i added to direction i, weights from features that are not centred. It moves when a
-      common vector is added or features are reordered, and is refused for rank-deficient inputs unless ``epsilon`` > 0.
+      common vector is added or features are reordered. Where a representation is rank-deficient and ``epsilon`` 0, the
+      original fails or gives one of many values; here directions without variance are left out, which the ranks say.
     - ``split``: fitted as ``definition`` on sentences 0, 2, 4, ...; correlations taken on the others. Unrelated
       representations score near 0, where the other modes have a floor that depends on D/H. A correlation may be
       negative.
@@ -158,29 +205,102 @@ def pwcca(
 
     Raises:
         ValueError: numbers of sentences differ, a value is not finite, there are too few sentences (``svcca``: not more
-            than features), a representation is constant, or ``svcca`` meets a rank-deficient one.
+            than features), a representation is constant, or ``epsilon`` leaves no feature of one.
 
     Source: Morcos et al. 2018, arXiv:1806.05759; google/svcca ``pwcca.py`` and ``cca_core.py``.
     """
     if not 0.0 <= epsilon < np.inf:
         raise ValueError(f"epsilon={epsilon} must be a number that is not negative.")
     acts_a, acts_b = as_pair(acts_a_DH, acts_b_DH, 4 if mode == "split" else 2, same_width=False)
+    check_varies(acts_a, "acts_a_DH")
+    check_varies(acts_b, "acts_b_DH")
     if mode == "svcca":
-        return _pwcca_of_google_svcca(acts_a, acts_b, epsilon)
+        if len(acts_a) <= acts_a.shape[1]:
+            raise ValueError(
+                f"mode='svcca' needs more sentences than features; {len(acts_a)} sentences of {acts_a.shape[1]} "
+                "features were given. mode='definition' has no such limit."
+            )
+        return pwcca_from_moments(_moments(acts_a, acts_b), mode, epsilon, consume=True)
     if mode == "definition":
-        white_a, white_b = _whiten(acts_a, "acts_a_DH", epsilon), _whiten(acts_b, "acts_b_DH", epsilon)
+        if len(acts_a) > max(acts_a.shape[1], acts_b.shape[1]):
+            return pwcca_from_moments(_moments(acts_a, acts_b), mode, epsilon, consume=True)
+        white_a, white_b = _whiten(acts_a, epsilon), _whiten(acts_b, epsilon)
         left, coefficients, _ = _canonical(white_a.data_DC.T @ white_b.data_DC)
-        weights = white_a.weights_of(left)
-        return Pwcca(float(weights @ coefficients), coefficients, weights, white_a.rank, white_b.rank)
-    if mode == "split":
-        white_a, white_b = _whiten(acts_a[::2], "acts_a_DH", epsilon), _whiten(acts_b[::2], "acts_b_DH", epsilon)
+    elif mode == "split":
+        white_a, white_b = _whiten(acts_a[::2], epsilon), _whiten(acts_b[::2], epsilon)
         left, _, right = _canonical(white_a.data_DC.T @ white_b.data_DC)
         held_out_a = white_a.apply(acts_a[1::2]) @ left
         held_out_b = white_b.apply(acts_b[1::2]) @ right
         coefficients = _column_correlations(held_out_a, held_out_b)
-        weights = white_a.weights_of(left)
-        return Pwcca(float(weights @ coefficients), coefficients, weights, white_a.rank, white_b.rank)
-    raise ValueError(f"mode={mode!r} is not one of definition, svcca, split.")
+    else:
+        raise ValueError(f"mode={mode!r} is not one of definition, svcca, split.")
+    weights = white_a.weights_of(left)
+    return Pwcca(
+        float(weights @ coefficients), coefficients, weights, white_a.rank, white_b.rank, width_a=acts_a.shape[1],
+        width_b=acts_b.shape[1],
+    )  # fmt: skip
+
+
+def pwcca_from_moments(
+    moments: PairMoments,
+    mode: Literal["definition", "svcca"] = "definition",
+    epsilon: float = 0.0,
+    consume: bool = False,
+) -> Pwcca:
+    """``pwcca`` from sums over sentences, which were never all in memory; the same value to 1e-8 and better.
+
+    Args:
+        moments: sums over blocks, batches or processes. ``split`` needs the sentences and is not to be had from them.
+        mode: see ``pwcca``.
+        epsilon: see ``pwcca``.
+        consume: let the moments' memory be overwritten: 3 matrices of H x H are then all that is needed besides them.
+
+    Raises:
+        ValueError: a representation is constant, there are fewer than two sentences (``svcca``: not more than
+            features), or ``epsilon`` leaves no feature of one.
+    """
+    if mode not in ("definition", "svcca"):
+        raise ValueError(f"mode={mode!r} is not one of definition, svcca; split needs the sentences themselves.")
+    if not 0.0 <= epsilon < np.inf:
+        raise ValueError(f"epsilon={epsilon} must be a number that is not negative.")
+    width_a, width_b = moments.width_a, moments.width_b
+    if mode == "svcca" and moments.num_sentences <= width_a:
+        raise ValueError(
+            f"mode='svcca' needs more sentences than features; these are {moments.num_sentences} sentences of "
+            f"{width_a} features. mode='definition' has no such limit."
+        )
+    scatter = moments.scatter(consume)
+    for name, own_HH in (("acts_a_DH", scatter.aa_HH), ("acts_b_DH", scatter.bb_HH)):
+        if not own_HH.diagonal().max() > 0.0:
+            raise ValueError(
+                f"{name} is the same for all {scatter.num_sentences} sentences; there is no direction in it."
+            )
+    if mode == "svcca":
+        return _pwcca_of_google_svcca(scatter, epsilon)
+    aa, cross, bb = scatter.take()
+    white_a = canonical.whiten(aa, epsilon * np.abs(aa).max() if epsilon else 0.0)
+    del aa
+    cross = white_a.rows(cross)
+    white_b = canonical.whiten(bb, epsilon * np.abs(bb).max() if epsilon else 0.0)
+    del bb
+    cross, rank_b = white_b.columns(cross), white_b.rank
+    del white_b
+    if canonical.is_large(cross):
+        cross = canonical.gram(cross)
+        left, coefficients = canonical.correlate_gram(cross)
+    else:
+        left, coefficients = canonical.correlate(cross)
+    del cross
+    weights = white_a.weights_of(left)
+    return Pwcca(
+        float(weights @ coefficients), coefficients, weights, white_a.rank, rank_b, width_a=width_a, width_b=width_b
+    )
+
+
+def _moments(acts_a: np.ndarray, acts_b: np.ndarray) -> PairMoments:
+    moments = PairMoments(acts_a.shape[1], acts_b.shape[1])
+    moments.update(acts_a, acts_b)
+    return moments
 
 
 def pwcca_with_baseline(
@@ -194,7 +314,9 @@ def pwcca_with_baseline(
     if num_permutations < 1:
         raise ValueError(f"num_permutations={num_permutations} must be positive.")
     acts_a, acts_b = as_pair(acts_a_DH, acts_b_DH, same_width=False)
-    white_a, white_b = _whiten(acts_a, "acts_a_DH"), _whiten(acts_b, "acts_b_DH")
+    check_varies(acts_a, "acts_a_DH")
+    check_varies(acts_b, "acts_b_DH")
+    white_a, white_b = _whiten(acts_a), _whiten(acts_b)
 
     def both_directions(order: np.ndarray | slice) -> tuple[float, float]:
         left, coefficients, right = _canonical(white_a.data_DC.T @ white_b.data_DC[order])
@@ -228,15 +350,24 @@ class _Whitened:
         return weights / weights.sum()
 
 
-def _whiten(acts_DH: np.ndarray, name: str, epsilon: float = 0.0) -> _Whitened:
-    check_varies(acts_DH, name)
+def _whiten(acts_DH: np.ndarray, epsilon: float = 0.0) -> _Whitened:
     mean_H = acts_DH.mean(axis=0)
     centred_DH = acts_DH - mean_H
+    if len(acts_DH) <= acts_DH.shape[1]:
+        # The scatter of features would be larger than the sentences themselves.
+        left_DC, size_C, axes_CH = np.linalg.svd(centred_DH, full_matrices=False)
+        keep = size_C**2 > RANK_TOLERANCE * size_C[0] ** 2
+        power_C, axes_HC = size_C[keep] ** 2, axes_CH[keep].T
+        largest = np.abs(np.einsum("dh,dh->h", centred_DH, centred_DH)).max() if epsilon else 0.0
+        scale_C = np.sqrt(power_C + epsilon * largest)
+        data_DC = left_DC[:, keep] * (size_C[keep] / scale_C)
+        return _Whitened(data_DC, axes_HC / scale_C, mean_H, (power_C / scale_C)[:, None] * axes_HC.T)
     scatter_HH = centred_DH.T @ centred_DH
     power_H, axes_HH = np.linalg.eigh(scatter_HH)
     keep_H = power_H > RANK_TOLERANCE * power_H[-1]
     power_C, axes_HC = power_H[keep_H], axes_HH[:, keep_H]
-    scale_C = np.sqrt(power_C + epsilon * np.abs(scatter_HH).max())
+    # The largest entry of a scatter lies on its diagonal.
+    scale_C = np.sqrt(power_C + epsilon * scatter_HH.diagonal().max())
     map_HC = axes_HC / scale_C
     return _Whitened(centred_DH @ map_HC, map_HC, mean_H, (power_C / scale_C)[:, None] * axes_HC.T)
 
@@ -254,52 +385,51 @@ def _column_correlations(first_DC: np.ndarray, second_DC: np.ndarray) -> np.ndar
     return np.divide(product_C, norm_C, out=np.zeros_like(norm_C), where=norm_C > 0)
 
 
-def _pwcca_of_google_svcca(acts_a: np.ndarray, acts_b: np.ndarray, epsilon: float) -> Pwcca:
-    """google/svcca's ``compute_pwcca`` with the study's repair of its second branch, quirks kept."""
-    num_sentences, width_a = acts_a.shape
-    if num_sentences <= width_a:
-        raise ValueError(
-            f"mode='svcca' needs more sentences than features; {num_sentences} sentences of {width_a} features were "
-            "given. mode='definition' has no such limit."
-        )
-    check_varies(acts_a, "acts_a_DH")
-    check_varies(acts_b, "acts_b_DH")
-    covariance = np.cov(np.hstack([acts_a, acts_b]), rowvar=False)
-    covariance_aa, covariance_bb = covariance[:width_a, :width_a], covariance[width_a:, width_a:]
-    covariance_ab = covariance[:width_a, width_a:]
-    largest_a, largest_b = np.abs(covariance_aa).max(), np.abs(covariance_bb).max()
-    covariance_aa, covariance_bb = covariance_aa / largest_a, covariance_bb / largest_b
-    covariance_ab = covariance_ab / np.sqrt(largest_a * largest_b)
-    keep_a, keep_b = np.abs(np.diag(covariance_aa)) >= epsilon, np.abs(np.diag(covariance_bb)) >= epsilon
+def _pwcca_of_google_svcca(scatter: Scatter, epsilon: float) -> Pwcca:
+    """google/svcca's ``compute_pwcca`` with the study's repair of its second branch, quirks kept, from sums alone.
+
+    Its directions are D = U'(X - mu) + mu, row i with the mean of feature i; its weights come from an orthonormal basis
+    Q of their rows by w_i = sum_j |<Q_i, x_j>|. With S the scatter, DD' = U'SU + n mu mu' = RR' and DX' = U'S + n mu
+    mu', so Q X' = R^-1 DX'.
+    """
+    num, width_a, width_b = scatter.num_sentences, len(scatter.aa_HH), len(scatter.bb_HH)
+    largest_a, largest_b = (matrix.diagonal().max() / (num - 1) for matrix in (scatter.aa_HH, scatter.bb_HH))
+    keep_a, keep_b = (
+        matrix.diagonal() / (num - 1) / largest >= epsilon
+        for matrix, largest in ((scatter.aa_HH, largest_a), (scatter.bb_HH, largest_b))
+    )
     if not (keep_a.any() and keep_b.any()):
         raise ValueError(f"epsilon={epsilon} leaves no feature of one representation; use a smaller one.")
-    root_a = _inverse_root(covariance_aa[np.ix_(keep_a, keep_a)], epsilon)
-    root_b = _inverse_root(covariance_bb[np.ix_(keep_b, keep_b)], epsilon)
-    left, coefficients, right = np.linalg.svd(root_a @ covariance_ab[np.ix_(keep_a, keep_b)] @ root_b)
-    rank_a, rank_b = int(keep_a.sum()), int(keep_b.sum())
-    if rank_a <= rank_b:
-        directions, acts = left.T, acts_a[:, keep_a]
+    if not (keep_a.all() and keep_b.all()):
+        aa, ab, bb = scatter.take()
+        # Of a symmetric matrix the lower triangle stays the lower one.
+        scatter = Scatter(
+            num, scatter.mean_a_H[keep_a], scatter.mean_b_H[keep_b], np.asfortranarray(aa[np.ix_(keep_a, keep_a)]),
+            np.asfortranarray(ab[np.ix_(keep_a, keep_b)]), np.asfortranarray(bb[np.ix_(keep_b, keep_b)]),
+        )  # fmt: skip
+    mean_a, mean_b = scatter.mean_a_H, scatter.mean_b_H
+    aa, ab, bb = (matrix / (num - 1) for matrix in scatter.take())
+    root_a, rank_a = canonical.inverse_root(aa / largest_a, epsilon)
+    root_b, rank_b = canonical.inverse_root(bb / largest_b, epsilon)
+    # Its value depends on the signs of singular vectors (the mean is not turned with them), so it takes the same
+    # matrix through the same decomposition.
+    left, coefficients, right = np.linalg.svd(root_a @ (ab / np.sqrt(largest_a * largest_b)) @ root_b)
+    del root_a, root_b, ab
+    count = min(rank_a, rank_b)
+    if len(aa) <= len(bb):
+        directions_CH, covariance, mean_H = left.T[:count], canonical.full_symmetric(aa), mean_a
     else:
-        directions, acts = right, acts_b[:, keep_b]
-    mean_H = acts.mean(axis=0)
-    # Row i of the directions gets the mean of feature i, and the weights use features that are not centred, as there.
-    orthonormal, _ = np.linalg.qr((acts - mean_H) @ directions.T + mean_H)
-    weights = np.abs(orthonormal.T @ acts).sum(axis=1)
-    weights = weights / weights.sum()
-    return Pwcca(float(weights @ coefficients), coefficients, weights, rank_a, rank_b)
-
-
-def _inverse_root(covariance_HH: np.ndarray, epsilon: float) -> np.ndarray:
-    ridged = covariance_HH + epsilon * np.eye(len(covariance_HH))
-    spectrum = np.linalg.eigvalsh(ridged)
-    values, axes = np.linalg.eigh(np.linalg.pinv(ridged))
-    # Upstream takes the root of a negative number here and fails in the SVD that follows, or gives one of many values.
-    if spectrum[0] <= len(spectrum) * np.finfo(np.float64).eps * spectrum[-1] or values[0] < 0:
-        raise ValueError(
-            "a representation is rank-deficient (constant or dependent features, or too few sentences), for which "
-            "mode='svcca' has no stable value; use epsilon=1e-5, or mode='definition', which leaves them out."
-        )
-    return axes @ np.diag(np.sqrt(values)) @ axes.T
+        directions_CH, covariance, mean_H = right[:count], canonical.full_symmetric(bb), mean_b
+    del left, right, aa, bb
+    mean_C = mean_H[:count]
+    products_CH = directions_CH @ covariance
+    gram_CC = products_CH @ directions_CH.T + num / (num - 1) * np.outer(mean_C, mean_C)
+    products_CH += num / (num - 1) * np.outer(mean_C, mean_H)
+    weights = canonical.sizes_in_orthonormal_basis(gram_CC, products_CH)
+    coefficients = coefficients[:count]
+    return Pwcca(
+        float(weights @ coefficients), coefficients, weights, rank_a, rank_b, width_a=width_a, width_b=width_b
+    )
 
 
 @dataclass(frozen=True)
@@ -401,6 +531,71 @@ def _alignment(acts_a: np.ndarray, acts_b: np.ndarray, debiased: bool) -> float:
     square_a, square_b = np.einsum("dh,dh->d", acts_a, acts_a), np.einsum("dh,dh->d", acts_b, acts_b)
     together = float(square_a @ square_b)
     return total - num / (num - 2) * together + float(square_a.sum() * square_b.sum()) / ((num - 1) * (num - 2))
+
+
+@dataclass
+class MinibatchCka:
+    """Debiased CKA of more sentences than fit into memory: unbiased HSIC averaged over batches, then one ratio.
+
+    The mean of the CKA of the batches is another number. Batches of equal size weigh the same; sentences are not
+    counted, as each batch gives one unbiased estimate.
+
+    Source: Nguyen et al. 2021, arXiv:2010.15327.
+    """
+
+    num_batches: int = 0
+    _sums: np.ndarray = field(default_factory=lambda: np.zeros(3))
+
+    def update(self, acts_a_DH: np.ndarray, acts_b_DH: np.ndarray) -> None:
+        """Add one batch of aligned sentences.
+
+        Raises:
+            ValueError: numbers of sentences differ, a value is not finite, or there are fewer than four sentences.
+        """
+        acts_a, acts_b = as_pair(acts_a_DH, acts_b_DH, 4, same_width=False)
+        acts_a, acts_b = centre(acts_a), centre(acts_b)
+        num = len(acts_a)
+        self._sums += (
+            np.array([
+                _alignment(acts_a, acts_b, True), _alignment(acts_a, acts_a, True), _alignment(acts_b, acts_b, True)
+            ])
+            / (num * (num - 3))
+        )  # fmt: skip
+        self.num_batches += 1
+
+    def merge(self, other: MinibatchCka) -> None:
+        """Add the batches of another process."""
+        self._sums = self._sums + other._sums
+        self.num_batches += other.num_batches
+
+    @property
+    def value(self) -> float:
+        """CKA of the batches so far.
+
+        Raises:
+            ValueError: there are none, or a representation has no structure beyond chance in them.
+        """
+        together, own_a, own_b = self._sums
+        if self.num_batches == 0 or own_a <= 0 or own_b <= 0:
+            raise ValueError(
+                f"{self.num_batches} batches have no structure beyond chance in one representation; more are needed."
+            )
+        return float(together / np.sqrt(own_a * own_b))
+
+
+def cka_from_moments(moments: PairMoments) -> float:
+    """Plain ``linear_cka`` from sums over sentences.
+
+    Raises:
+        ValueError: a representation is constant, or there are fewer than two sentences.
+    """
+    scatter = moments.scatter()
+    own_a, own_b = (
+        np.linalg.norm(canonical.full_symmetric(matrix)) for matrix in (scatter.aa_HH, scatter.bb_HH)
+    )
+    if not (own_a > 0 and own_b > 0):
+        raise ValueError("a representation is the same for all sentences; there is no direction in it.")
+    return float(np.linalg.norm(scatter.ab_HH / own_a) / own_b * np.linalg.norm(scatter.ab_HH))
 
 
 def permuted_cka(

@@ -8,8 +8,10 @@ for checkpoints: the sums since the last probe.
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +25,28 @@ from megatron_xalign.capture.probe import (
     COUNTED_TOKENS,
     POOLING,
     ForwardOnly,
+    ProbeResult,
     ProbeSentence,
     build_probe_batches,
+    probe_arrays,
     probe_sha256,
     run_probe,
 )
-from megatron_xalign.capture.recorder import Recorder
-from megatron_xalign.config import RunConfig
+from megatron_xalign.capture.recorder import Recorder, Together
+from megatron_xalign.capture.samples import NeuronSamples
+from megatron_xalign.capture.scores import ScoreFunctions, append_scores, score_probe
+from megatron_xalign.capture.writing import agree, error_of, holds_totals, residual_columns, write_statistics
+from megatron_xalign.config import RunConfig, to_tree
 from megatron_xalign.errors import CheckpointError, ConfigError
-from megatron_xalign.formats.neuron_stats import (
-    Shard,
-    ShardEntry,
-    StatsIndex,
-    begin_neuron_stats,
-    finish_neuron_stats,
-    stats_folder,
-    write_shard,
-)
+from megatron_xalign.formats import neuron_samples
+from megatron_xalign.formats.neuron_stats import StatsIndex, stats_folder
 from megatron_xalign.topology import LocalPart, ObserverState, Ranks
 
 log = logging.getLogger(__name__)
 
 _SUMS = ("sum_KLF", "sum_of_squares_KLF", "max_KLF", "positive_KLF", "gate_positive_KLF")
+_SAMPLE = "sample."
+_HIDDEN_SUMS = ("residual_sums_2KMH", "attention_sums_2KLH")
 
 
 class NeuronObserver:
@@ -63,6 +65,7 @@ class NeuronObserver:
         probe: tokenised held-out sentences; none turns the probe off.
         languages: codes that language ids of batches index.
         eod_id: end-of-document token.
+        score: the measures to log at every probe; None logs none.
 
     Raises:
         ConfigError: nothing is to be captured, or the model has a setting under which it could not be exact.
@@ -80,10 +83,11 @@ class NeuronObserver:
         probe: Sequence[ProbeSentence],
         languages: Sequence[str],
         eod_id: int,
+        score: ScoreFunctions | None = None,
     ) -> None:
         if config.capture is None:
             raise ValueError("config.capture is None: there is nothing to observe.")
-        if not probe and not config.capture.stream:
+        if not probe and not config.capture.stream and config.capture.sample is None:
             raise ConfigError(
                 "capture.stream=false and there are no probe sentences (data.probe), so nothing would be captured; "
                 "give one of them or leave out capture."
@@ -95,15 +99,27 @@ class NeuronObserver:
         self._probe = tuple(probe)
         self._probe_sha256 = probe_sha256(probe) if probe else ""
         self._languages = tuple(languages)
-        self._recorder = Recorder(model_chunks, ranks, current_batch)
+        self._recorder = Recorder(
+            model_chunks, ranks, current_batch, layers=self._capture.layers, defer_errors=True
+        )
         self._batches = build_probe_batches(
             probe, languages, eod_id, self._capture.probe_batch_tokens, config.data.seq_length,
             multiple_of=ranks.tensor_size if self._recorder.sequence_parallel else 1,
         )
         self._sums: StreamSums | None = None
         if self._capture.stream:
-            width = self._recorder.neurons[1] - self._recorder.neurons[0]
-            self._sums = StreamSums(len(languages), len(self._recorder.layers), width, ranks.device)
+            self._sums = StreamSums(
+                len(languages), len(self._recorder.layers), self._recorder.neurons[1] - self._recorder.neurons[0],
+                ranks.device, self._recorder.hidden_size,
+                len(self._recorder.residual_rows) if self._capture.stream_residual else 0,
+                self._capture.stream_attention,
+            )
+        self._samples: NeuronSamples | None = None
+        if self._capture.sample is not None:
+            self._samples = NeuronSamples(self._capture.sample, len(languages), self._recorder, ranks.device)
+        self._disabled = False
+        self._score = score if probe and self._capture.score_pairs else None
+        self._scores: dict[str, Any] = {}
         self._window_first: int | None = None
         self._micro_batches = config.training.global_batch_size // (
             config.training.micro_batch_size * ranks.data_size
@@ -112,65 +128,107 @@ class NeuronObserver:
     name = "neurons"
 
     def state(self) -> ObserverState:
-        """The sums of the window that a checkpoint cuts in two, over all data-parallel ranks."""
-        if self._sums is None or self._window_first is None:
+        """What is kept of the window that a checkpoint cuts in two, over all data-parallel ranks."""
+        if self._window_first is None:
             return {"window_first": None}, {}
-        totals = self._totals()
-        tokens_K = self._ranks.sum_over(self._sums.tokens_K, "data")
-        return (
-            {"window_first": self._window_first, "languages": list(self._languages), "tokens_K": tokens_K.tolist()},
-            {name: self._part(total) for name, total in totals.items()},
-        )
+        values: dict[str, Any] = {
+            "window_first": self._window_first, "languages": list(self._languages), "captured": self._what_is_kept(),
+        }
+        parts: dict[str, LocalPart] = {}
+        if self._sums is not None:
+            totals = self._totals()
+            values["tokens_K"] = self._tokens().tolist()
+            parts |= {key: self._part(totals[name][cut], name) for key, (name, cut) in self._pieces().items()}
+        if self._samples is not None:
+            joined = self._samples.joined(self._ranks)
+            parts |= {f"{_SAMPLE}{name}": LocalPart(tensor=array) for name, array in joined.items()}
+        return values, parts
 
     def parts_of(self, values: Mapping[str, Any]) -> dict[str, LocalPart]:
         """Arrays that go with stored values, to be filled from a checkpoint.
 
         Raises:
-            CheckpointError: they were summed for other languages, or this run does not sum.
+            CheckpointError: they were taken of something else than this run takes.
         """
         if values["window_first"] is None:
             return {}
-        if self._sums is None or tuple(values["languages"]) != self._languages:
-            raise CheckpointError(
-                f"the checkpoint holds neuron sums of {', '.join(values['languages'])} since step "
-                f"{values['window_first']}; this run captures "
-                f"{'no stream' if self._sums is None else ', '.join(self._languages)}. Resume with the settings of its "
-                "config.yaml."
-            )
-        return {name: self._part(torch.empty_like(getattr(self._sums, name))) for name in _SUMS}
+        own = {"languages": list(self._languages), "captured": self._what_is_kept()}
+        for name, value in own.items():
+            if values[name] != value:
+                raise CheckpointError(
+                    f"the checkpoint holds neuron sums since step {values['window_first']} of {name} {values[name]}; "
+                    f"this run captures {value}. Resume with the settings of its config.yaml."
+                )
+        parts: dict[str, LocalPart] = {}
+        if self._sums is not None:
+            parts |= {
+                key: self._part(torch.empty_like(getattr(self._sums, name)[cut]), name)
+                for key, (name, cut) in self._pieces().items()
+            }
+        if self._samples is not None:
+            parts |= {
+                f"{_SAMPLE}{name}": LocalPart(tensor=torch.empty_like(array))
+                for name, array in self._samples.arrays.items()
+            }
+        return parts
 
     def restore(self, state: ObserverState) -> None:
-        """Go on from a state; one data-parallel rank holds the sums of all."""
+        """Go on from a state; one data-parallel rank holds what was kept by all."""
         values, parts = state
         self._window_first = values["window_first"]
-        if self._sums is None or self._window_first is None:
+        for kept in self._kept():
+            kept.reset()
+        if self._window_first is None or self._ranks.data_rank > 0:
             return
-        if self._ranks.data_rank == 0:
-            self._sums.set({name: part.tensor for name, part in parts.items()}, values["tokens_K"])
-        else:
-            self._sums.reset()
+        if self._sums is not None:
+            self._sums.tokens_K += torch.tensor(values["tokens_K"], device=self._ranks.device)
+            for key, (name, cut) in self._pieces().items():
+                # Sums over tokens are whole in what was saved; under sequence parallelism each rank then adds those of
+                # its own tokens to its own.
+                if not (name in _HIDDEN_SUMS and self._recorder.sequence_parallel and self._ranks.tensor_rank > 0):
+                    getattr(self._sums, name)[cut].copy_(parts[key].tensor)
+        if self._samples is not None:
+            self._samples.set({
+                key.removeprefix(_SAMPLE): part.tensor for key, part in parts.items() if key.startswith(_SAMPLE)
+            })
 
     def before_step(self, step: int) -> None:
         """Probe the untrained model; listen to the coming step if it is one of those to be summed."""
+        if self._disabled:
+            return
         if step == 0:
-            self._write(step)
-        if self._sums is not None and self._window_first is None:
-            self._sums.reset()
+            with self._guarded("before the first step"):
+                self._write(step)
+        kept = self._kept()
+        if not kept:
+            return
+        if self._window_first is None:
+            for one in kept:
+                one.reset()
             self._window_first = step + 1
-        if self._sums is not None and (step + 1) % self._capture.stream_interval_steps == 0:
-            self._recorder.start(self._sums)
+        if (step + 1) % self._capture.stream_interval_steps == 0:
+            if self._samples is not None:
+                self._samples.step = step + 1
+            self._recorder.start(kept[0] if len(kept) == 1 else Together(kept))
 
     def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Stop listening; at every probe interval and at the last step probe and write.
 
         Raises:
-            XAlignError: a layer was missed or counted twice in the step.
+            XAlignError: a layer was missed or counted twice in the step, here or in another process, or a file could
+                not be written; unless ``capture.on_error`` is ``disable``.
         """
-        if self._recorder.listening:
-            self._recorder.stop(self._micro_batches)
-        if step % self._capture.probe_interval_steps == 0 or step == self._config.training.train_steps:
-            self._write(step)
-            self._window_first = None
+        if self._disabled:
+            return
+        with self._guarded(f"after step {step}"):
+            if self._recorder.listening:
+                agree(self._ranks, error_of(lambda: self._recorder.stop(self._micro_batches)))
+            if step % self._capture.probe_interval_steps == 0 or step == self._config.training.train_steps:
+                self._write(step)
+                self._window_first = None
+                if self._scores and isinstance(metrics, MutableMapping):
+                    # For observers that hear of this step later: the first in the run's list is the last.
+                    metrics["scores"] = self._scores
 
     def after_save(self, step: int, path: Path) -> None:
         """Nothing: what is captured travels in the checkpoint."""
@@ -179,13 +237,36 @@ class NeuronObserver:
         """Take all hooks away; called however training ended."""
         self._recorder.close()
 
+    @contextmanager
+    def _guarded(self, when: str) -> Iterator[None]:
+        """Where the run asks for it, let an error end capture and not the run. All processes see it at one moment."""
+        try:
+            yield
+        except Exception as error:
+            if self._capture.on_error != "disable":
+                raise
+            self._recorder.close()
+            self._disabled, self._sums, self._samples, self._window_first = True, None, None, None
+            log.warning(
+                "capture failed %s and is off for the rest of this run, as capture.on_error=disable asks; training "
+                "goes on. No further statistics are written. The error: %s", when, error, exc_info=error,
+            )
+
     def _write(self, step: int) -> Path | None:
         """Probe, then write this step's folder; every process calls it."""
-        arrays = self._probe_arrays() if self._probe else {}
+        arrays: dict[str, np.ndarray] = {}
+        if self._probe:
+            result = run_probe(
+                self._recorder, self._forward_only, self._batches, len(self._probe), len(self._languages), self._ranks
+            )
+            self._log_scores(step, result)
+            arrays |= probe_arrays(result, self._probe, self._languages, self._recorder, self._ranks)
         with_stream = self._sums is not None and self._window_first is not None
         if with_stream:
             arrays |= self._stream_arrays()
-        if not arrays:
+        if self._samples is not None and self._window_first is not None:
+            self._write_samples(step, self._window_first)
+        if not self._probe and not with_stream:
             return None
         index = StatsIndex(
             run_name=self._config.name,
@@ -195,6 +276,7 @@ class NeuronObserver:
             num_layers=self._recorder.num_layers,
             ffn_hidden_size=self._recorder.ffn_hidden_size,
             hidden_size=self._recorder.hidden_size,
+            layers=self._capture.layers,
             document_ids=tuple(sentence.document_id for sentence in self._probe),
             document_languages=tuple(sentence.language for sentence in self._probe),
             document_pairs=tuple(sentence.pair_id for sentence in self._probe),
@@ -204,93 +286,110 @@ class NeuronObserver:
             stream_first_step=self._window_first if with_stream else None,
             stream_last_step=step if with_stream else None,
             stream_interval_steps=self._capture.stream_interval_steps if with_stream else None,
+            stream_residual=with_stream and self._capture.stream_residual,
+            stream_attention=with_stream and self._capture.stream_attention,
         )
-        return _write_together(stats_folder(self._config.output_dir, step), index, self._shard(arrays), self._ranks)
+        folder = stats_folder(self._config.output_dir, step)
+        return write_statistics(folder, index, arrays, self._recorder, self._ranks)
 
-    def _probe_arrays(self) -> dict[str, np.ndarray]:
-        result = run_probe(
-            self._recorder, self._forward_only, self._batches, len(self._probe), len(self._languages), self._ranks
+    def _write_samples(self, step: int, first_step: int) -> None:
+        assert self._samples is not None and self._capture.sample is not None
+        arrays = {name: array.cpu().numpy() for name, array in self._samples.joined(self._ranks).items()}
+        samples = neuron_samples.NeuronSamples(
+            step=step, languages=self._languages, neurons=self._samples.neurons, first_step=first_step,
+            seed=self._capture.sample.seed, arrays=arrays,
         )
-        first, stop = self._residual_columns()
-        arrays = {
-            "probe_neuron_mean_DLF": result.neuron_mean_DLF,
-            "probe_residual_mean_DMH": result.residual_mean_DMH[:, :, first:stop],
-            "probe_gate_positive_KLF": result.gate_positive_KLF,
-        }
-        if self._holds_totals():
-            tokens = np.array([len(sentence.tokens) for sentence in self._probe], dtype=np.int64)
-            of_language = [self._languages.index(sentence.language) for sentence in self._probe]
-            tokens_K = np.zeros(len(self._languages), dtype=np.int64)
-            np.add.at(tokens_K, of_language, tokens)
-            assert result.nll_D is not None
-            arrays |= {
-                "probe_tokens_D": tokens,
-                "probe_bytes_D": np.array([sentence.num_bytes for sentence in self._probe], dtype=np.int64),
-                "probe_nll_D": result.nll_D,
-                "probe_tokens_K": tokens_K,
-            }
-        return arrays
+
+        def write() -> None:
+            if self._ranks.rank == 0:
+                path = neuron_samples.samples_path(self._config.output_dir, step)
+                neuron_samples.write_samples(path, samples)
+
+        agree(self._ranks, error_of(write))
+
+    def _kept(self) -> list[Any]:
+        """What listens to training batches."""
+        return [one for one in (self._sums, self._samples) if one is not None]
+
+    def _log_scores(self, step: int, result: ProbeResult) -> None:
+        if self._score is None:
+            return
+        captured = self._capture.layers or range(self._recorder.num_layers)
+        self._scores = score_probe(
+            result, self._probe, self._languages, self._recorder, captured, self._ranks, self._score,
+            self._capture.score_pairs,
+        )
+        if self._scores and self._ranks.rank == 0:
+            tokens = step * self._config.training.global_batch_size * self._config.data.seq_length
+            append_scores(self._config.output_dir, {"step": step, "consumed_tokens": tokens, **self._scores})
 
     def _stream_arrays(self) -> dict[str, np.ndarray]:
-        assert self._sums is not None
-        totals = {f"stream_{name}": total for name, total in self._totals().items()}
-        tokens_K = self._ranks.sum_over(self._sums.tokens_K, "data")
-        if self._holds_totals():
-            totals["stream_tokens_K"] = tokens_K
-        return {name: total.cpu().numpy() for name, total in totals.items()}
+        totals = self._totals()
+        arrays = {f"stream_{name}": totals[name] for name in _SUMS}
+        first, stop = residual_columns(self._recorder, self._ranks)
+        for kind, axes in (("residual", "2KMH"), ("attention", "2KLH")):
+            if getattr(self._capture, f"stream_{kind}"):
+                sums = totals[f"{kind}_sums_{axes}"][..., first:stop]
+                arrays[f"stream_{kind}_sum_{axes[1:]}"], arrays[f"stream_{kind}_sum_of_squares_{axes[1:]}"] = sums
+        tokens_K = self._tokens()
+        if holds_totals(self._ranks):
+            arrays["stream_tokens_K"] = tokens_K
+        return {name: total.cpu().numpy() for name, total in arrays.items()}
 
     def _totals(self) -> dict[str, torch.Tensor]:
         """The sums over all data-parallel ranks, by their names in ``StreamSums``."""
         sums, ranks = self._sums, self._ranks
         assert sums is not None
-        largest = torch.stack(ranks.gather_over(sums.max_KLF, "data")).amax(0)
+        totals = {
+            name: ranks.sum_over(getattr(sums, name), "data") for name in self._names() if name != "max_KLF"
+        }
+        totals["max_KLF"] = torch.stack(ranks.gather_over(sums.max_KLF, "data")).amax(0)
+        if self._recorder.sequence_parallel:
+            # In one order on all processes, as collectives must be.
+            for name in (name for name in _HIDDEN_SUMS if name in totals):
+                totals[name] = ranks.sum_over(totals[name], "tensor")
+        return totals
+
+    def _tokens(self) -> torch.Tensor:
+        """int64 [K]: tokens counted, over all data-parallel ranks."""
+        assert self._sums is not None
+        tokens_K = self._ranks.sum_over(self._sums.tokens_K, "data")
+        # A stage that holds none of the layers asked for counts none; all others count the same.
+        return torch.stack(self._ranks.gather_over(tokens_K, "pipeline")).amax(0)
+
+    def _names(self) -> tuple[str, ...]:
+        kinds = (self._capture.stream_residual, self._capture.stream_attention)
+        return (*_SUMS, *(name for name, wanted in zip(_HIDDEN_SUMS, kinds, strict=True) if wanted))
+
+    def _what_is_kept(self) -> dict[str, Any]:
+        capture = self._capture
         return {
-            name: largest if name == "max_KLF" else ranks.sum_over(getattr(sums, name), "data") for name in _SUMS
+            "layers": None if capture.layers is None else list(capture.layers),
+            "stream": self._sums is not None,
+            "residual": capture.stream_residual,
+            "attention": capture.stream_attention,
+            # As JSON gives it back.
+            "sample": None if capture.sample is None else json.loads(json.dumps(to_tree(capture.sample))),
         }
 
-    def _part(self, tensor_KLF: torch.Tensor) -> LocalPart:
-        return LocalPart(tensor=tensor_KLF, tensor_axis=2, pipeline_axis=1)
+    def _pieces(self) -> dict[str, tuple[str, tuple[Any, ...]]]:
+        """What goes into a checkpoint: for each array there, which of the sums it is and which part of it.
 
-    def _holds_totals(self) -> bool:
-        """Whether this process writes the arrays that no layer or neuron belongs to; the loss is known here."""
-        return self._ranks.is_last_stage and self._ranks.tensor_rank == 0
+        An array for each layer, so that a run can go on with another pipeline layout.
+        """
+        layers, rows = self._recorder.layers, self._recorder.residual_rows
+        everything = slice(None)
+        pieces: dict[str, tuple[str, tuple[Any, ...]]] = {}
+        for name in self._names():
+            if name == "residual_sums_2KMH":
+                pieces |= {f"{name}.{row}": (name, (everything, everything, n)) for n, row in enumerate(rows)}
+            elif name == "attention_sums_2KLH":
+                pieces |= {f"{name}.{layer}": (name, (everything, everything, n)) for n, layer in enumerate(layers)}
+            else:
+                pieces |= {f"{name}.{layer}": (name, (everything, n)) for n, layer in enumerate(layers)}
+        return pieces
 
-    def _residual_columns(self) -> tuple[int, int]:
-        # After the reductions all tensor-parallel ranks hold all coordinates; each writes its share.
-        hidden, rank, size = self._recorder.hidden_size, self._ranks.tensor_rank, self._ranks.tensor_size
-        return hidden * rank // size, hidden * (rank + 1) // size
-
-    def _shard(self, arrays: Mapping[str, np.ndarray]) -> Shard:
-        return Shard(
-            tensor_rank=self._ranks.tensor_rank,
-            pipeline_rank=self._ranks.pipeline_rank,
-            layers=self._recorder.layers,
-            neurons=self._recorder.neurons,
-            residual_rows=self._recorder.residual_rows,
-            residual_columns=self._residual_columns(),
-            arrays=arrays,
+    def _part(self, tensor: torch.Tensor, name: str) -> LocalPart:
+        return LocalPart(
+            tensor=tensor.contiguous(), tensor_axis=None if name in _HIDDEN_SUMS else 1, of_stage=True
         )
-
-
-def _write_together(folder: Path, index: StatsIndex, shard: Shard, ranks: Ranks) -> Path:
-    """Each process of the first model copy writes its shard; the first process of all completes the folder."""
-    if ranks.rank == 0:
-        begin_neuron_stats(folder)
-    ranks.barrier()
-    # What process 0 has to know of each shard, as numbers, so that nothing is pickled: size and SHA-256.
-    note = torch.zeros(1 + 32, dtype=torch.int64)
-    if ranks.data_rank == 0:
-        entry = write_shard(folder, shard)
-        note = torch.tensor([entry.size_bytes, *bytes.fromhex(entry.sha256)], dtype=torch.int64)
-    place = torch.tensor([shard.tensor_rank, shard.pipeline_rank], dtype=torch.int64)
-    notes = [note.tolist() for note in ranks.gather_over(torch.cat([place, note]).to(ranks.device), "world")]
-    if ranks.rank == 0:
-        entries = [
-            ShardEntry(Shard.name_of(tensor, pipeline), size, bytes(sha256).hex())
-            for tensor, pipeline, size, *sha256 in notes
-            if size
-        ]
-        finish_neuron_stats(folder, index, entries)
-        log.debug("neuron statistics of step %d: %s", index.step, folder)
-    ranks.barrier()
-    return folder

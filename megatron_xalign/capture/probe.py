@@ -1,8 +1,8 @@
 """Held-out sentences through the model as it is now: one mean vector per sentence, layer and tensor, and its loss.
 
 A sentence is read as a document of its own: the end-of-document token in front of it, as in training, where every
-document follows one; then its tokens, which alone are counted. Rows are padded on the right, where a causal model
-cannot see the padding from the sentence.
+document follows one; then its tokens, which alone are counted. Models trained elsewhere may want another token there,
+or none. Rows are padded on the right, where a causal model cannot see the padding from the sentence.
 """
 
 # D documents (sentences), B sentences of one batch, S padded length, T tokens in the order of [S, B]
@@ -23,6 +23,7 @@ import torch
 from megatron_xalign.batch import NO_LANGUAGE, Batch
 from megatron_xalign.capture.moments import count_positive, one_hot_by_language
 from megatron_xalign.capture.recorder import MicroBatch, Recorder
+from megatron_xalign.capture.writing import agree, error_of, holds_totals, residual_columns
 from megatron_xalign.errors import CorpusError, XAlignError
 from megatron_xalign.topology import Ranks
 
@@ -76,24 +77,28 @@ def probe_sha256(sentences: Sequence[ProbeSentence]) -> str:
 def build_probe_batches(
     sentences: Sequence[ProbeSentence],
     languages: Sequence[str],
-    eod_id: int,
+    eod_id: int | None,
     batch_tokens: int,
     max_length: int,
     multiple_of: int = 1,
+    limit: str = "data.seq_length",
 ) -> list[ProbeBatch]:
     """Pad sentences into batches, shortest first, so that little of the work is padding.
 
     Args:
         sentences: the probe.
         languages: codes that language ids index.
-        eod_id: end-of-document token, put in front of each sentence.
+        eod_id: end-of-document token, put in front of each sentence; None puts nothing there, and the loss of a
+            sentence then is without its first token.
         batch_tokens: padded tokens of one batch at most (one sentence is always taken).
         max_length: longest sequence the model is trained on.
         multiple_of: what the padded length must be a multiple of.
+        limit: the setting that ``max_length`` comes from, for the message.
 
     Raises:
         CorpusError: a sentence is empty, too long for the model, or of an unknown language.
     """
+    lead = 0 if eod_id is None else 1
     for sentence in sentences:
         if sentence.language not in languages:
             raise CorpusError(
@@ -102,11 +107,11 @@ def build_probe_batches(
             )
         if len(sentence.tokens) == 0:
             raise CorpusError(f"probe sentence {sentence.pair_id!r} in {sentence.language} has no tokens; remove it.")
-        if len(sentence.tokens) + 1 > max_length:
+        if len(sentence.tokens) + lead > max_length:
             raise CorpusError(
-                f"probe sentence {sentence.pair_id!r} in {sentence.language} has {len(sentence.tokens)} tokens; with "
-                f"an end-of-document token in front, data.seq_length={max_length} allows {max_length - 1}. Remove "
-                "or shorten it."
+                f"probe sentence {sentence.pair_id!r} in {sentence.language} has {len(sentence.tokens)} tokens; "
+                f"{'with an end-of-document token in front, ' * lead}{limit}={max_length} allows "
+                f"{max_length - lead}. Remove or shorten it."
             )
     # A multiple of 8 whatever the layout: batches, and with them the results, are the same at any tensor-parallel size.
     multiple_of = math.lcm(8, multiple_of)
@@ -114,7 +119,7 @@ def build_probe_batches(
     batches: list[ProbeBatch] = []
     group: list[int] = []
     for row in order:
-        length = _padded(len(sentences[row].tokens) + 1, multiple_of)
+        length = _padded(len(sentences[row].tokens) + lead, multiple_of)
         if group and (len(group) + 1) * length > batch_tokens:
             batches.append(_pad(group, sentences, languages, eod_id, multiple_of))
             group = []
@@ -129,21 +134,26 @@ def _padded(length: int, multiple_of: int) -> int:
 
 
 def _pad(
-    rows: Sequence[int], sentences: Sequence[ProbeSentence], languages: Sequence[str], eod_id: int, multiple_of: int
+    rows: Sequence[int], sentences: Sequence[ProbeSentence], languages: Sequence[str], eod_id: int | None,
+    multiple_of: int,
 ) -> ProbeBatch:
-    length = _padded(max(len(sentences[row].tokens) for row in rows) + 1, multiple_of)
+    # Padding is never counted, so any token will do.
+    lead, filler = (0, 0) if eod_id is None else (1, eod_id)
+    length = _padded(max(len(sentences[row].tokens) for row in rows) + lead, multiple_of)
     shape = (len(rows), length)
-    tokens, labels = np.full(shape, eod_id, np.int64), np.full(shape, eod_id, np.int64)
+    tokens, labels = np.full(shape, filler, np.int64), np.full(shape, filler, np.int64)
     loss_mask = np.zeros(shape, np.float32)
     language_ids, label_language_ids = np.full(shape, NO_LANGUAGE, np.int8), np.full(shape, NO_LANGUAGE, np.int8)
     for sample, row in enumerate(rows):
         count = len(sentences[row].tokens)
         language = languages.index(sentences[row].language)
-        tokens[sample, 1 : count + 1] = sentences[row].tokens
-        labels[sample, :count] = sentences[row].tokens
-        loss_mask[sample, :count] = 1.0
-        language_ids[sample, 1 : count + 1] = language
-        label_language_ids[sample, :count] = language
+        tokens[sample, lead : lead + count] = sentences[row].tokens
+        language_ids[sample, lead : lead + count] = language
+        # The label at a position is the token read at the next one.
+        predicted = count - 1 + lead
+        labels[sample, :predicted] = tokens[sample, 1 : predicted + 1]
+        loss_mask[sample, :predicted] = 1.0
+        label_language_ids[sample, :predicted] = language
     batch = Batch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
@@ -189,40 +199,55 @@ class SentenceMeans:
         """int64 [K, L, F]: counted tokens at which the gate is above zero."""
         self._batches = batches
         self._num_languages = num_languages
+        self._now: _Now | None = None
 
     def take_neurons(self, row: int, act_SBF: torch.Tensor, micro_batch: MicroBatch) -> None:
         """Mean post-activations of one batch and layer."""
-        rows_B = self._rows(micro_batch)
-        self.neuron_mean_DLF[rows_B, row] = _weighted_sum(act_SBF, _weights(micro_batch)).float()
+        now = self._look_at(micro_batch)
+        self.neuron_mean_DLF[now.rows_B, row] = _weighted_sum(act_SBF, now.weights_BS).float()
 
     def take_gates(self, row: int, gate_SBF: torch.Tensor, micro_batch: MicroBatch) -> None:
         """Signs of the gates of one batch and layer."""
-        self._rows(micro_batch)
-        one_hot = one_hot_by_language(micro_batch.batch.language_ids, self._num_languages)
-        self.gate_positive_KLF[:, row] += count_positive(one_hot, gate_SBF)
+        now = self._look_at(micro_batch)
+        self.gate_positive_KLF[:, row] += count_positive(now.one_hot_KT, gate_SBF)
 
     def take_residual(self, row: int, hidden_SBH: torch.Tensor, micro_batch: MicroBatch) -> None:
         """Mean residual stream of one batch and row."""
-        rows_B = self._rows(micro_batch)
-        weights_BS = _weights(micro_batch)[:, micro_batch.positions]
-        self.residual_mean_DMH[rows_B, row] = _weighted_sum(hidden_SBH, weights_BS).float()
+        now = self._look_at(micro_batch)
+        weights_BS = now.weights_BS[:, micro_batch.positions]
+        self.residual_mean_DMH[now.rows_B, row] = _weighted_sum(hidden_SBH, weights_BS).float()
 
-    def _rows(self, micro_batch: MicroBatch) -> torch.Tensor:
+    def _look_at(self, micro_batch: MicroBatch) -> _Now:
+        """What all layers need of a batch, worked out at the first of them."""
+        batch = micro_batch.batch
+        if self._now is not None and self._now.batch is batch:
+            return self._now
         # The loop may have moved the batch to the device, so it is known by its place in the order and by its content.
         expected = self._batches[micro_batch.number] if micro_batch.number < len(self._batches) else None
-        tokens = micro_batch.batch.tokens
-        if expected is None or not torch.equal(expected.batch.tokens.to(tokens.device), tokens):
+        if expected is None or not torch.equal(expected.batch.tokens.to(batch.tokens.device), batch.tokens):
             raise XAlignError(
                 f"capture is shown a micro-batch that is not number {micro_batch.number} of the probe; no other "
                 "forward pass may run during a probe."
             )
-        return expected.rows_B.to(tokens.device)
+        counted_BS = (batch.language_ids >= 0).double()
+        self._now = _Now(
+            batch=batch,
+            rows_B=expected.rows_B.to(batch.tokens.device),
+            weights_BS=counted_BS / counted_BS.sum(1, keepdim=True),
+            one_hot_KT=one_hot_by_language(batch.language_ids, self._num_languages),
+        )
+        return self._now
 
 
-def _weights(micro_batch: MicroBatch) -> torch.Tensor:
-    """float64 [B, S]: weight of each token in its sentence's mean."""
-    counted_BS = (micro_batch.batch.language_ids >= 0).double()
-    return counted_BS / counted_BS.sum(1, keepdim=True)
+@dataclass(frozen=True)
+class _Now:
+    """The batch that is running."""
+
+    batch: Batch
+    rows_B: torch.Tensor
+    weights_BS: torch.Tensor
+    """float64: weight of each token in its sentence's mean."""
+    one_hot_KT: torch.Tensor
 
 
 def _weighted_sum(values_SBX: torch.Tensor, weights_BS: torch.Tensor) -> torch.Tensor:
@@ -255,6 +280,9 @@ def run_probe(
     """Put the probe through the model; every process of the job calls it.
 
     Data-parallel ranks share the batches between them; each ends up with the results of all.
+
+    Raises:
+        XAlignError: a layer was missed or seen twice, here or in another process.
     """
     own = list(batches)[ranks.data_rank :: ranks.data_size]
     means = SentenceMeans(own, num_sentences, num_languages, recorder, ranks.device)
@@ -263,7 +291,7 @@ def run_probe(
     try:
         if own:
             losses = forward_only([item.batch for item in own])
-        recorder.stop(micro_batches=len(own))
+        agree(ranks, error_of(lambda: recorder.stop(micro_batches=len(own))))
     finally:
         recorder.close()
     nll_D = None
@@ -292,3 +320,31 @@ def run_probe(
         gate_positive_KLF=ranks.sum_over(means.gate_positive_KLF, "data").cpu().numpy(),
         nll_D=nll_D,
     )
+
+
+def probe_arrays(
+    result: ProbeResult,
+    sentences: Sequence[ProbeSentence],
+    languages: Sequence[str],
+    recorder: Recorder,
+    ranks: Ranks,
+) -> dict[str, np.ndarray]:
+    """This process's part of what a statistics folder holds of a probe."""
+    first, stop = residual_columns(recorder, ranks)
+    arrays = {
+        "probe_neuron_mean_DLF": result.neuron_mean_DLF,
+        "probe_residual_mean_DMH": result.residual_mean_DMH[:, :, first:stop],
+        "probe_gate_positive_KLF": result.gate_positive_KLF,
+    }
+    if holds_totals(ranks):
+        tokens = np.array([len(sentence.tokens) for sentence in sentences], dtype=np.int64)
+        tokens_K = np.zeros(len(languages), dtype=np.int64)
+        np.add.at(tokens_K, [languages.index(sentence.language) for sentence in sentences], tokens)
+        assert result.nll_D is not None
+        arrays |= {
+            "probe_tokens_D": tokens,
+            "probe_bytes_D": np.array([sentence.num_bytes for sentence in sentences], dtype=np.int64),
+            "probe_nll_D": result.nll_D,
+            "probe_tokens_K": tokens_K,
+        }
+    return arrays

@@ -1,9 +1,8 @@
 """Hooks that hand each layer's neurons, gates and residual stream to a listener, once per micro-batch.
 
-A neuron is one coordinate of the input of ``mlp.linear_fc2``, after SiLU(gate) * up; its gate is the same coordinate of
-the first half of the output of ``mlp.linear_fc1``. Each tensor-parallel rank sees its own columns of both, of all
-tokens also under sequence parallelism. The residual stream is the output of the embedding and of every layer, before
-the final norm; under sequence parallelism each rank sees all coordinates of its part of the tokens.
+What is handed over is defined in ``hook_points``. Each tensor-parallel rank sees its own columns of neurons and gates,
+of all tokens also under sequence parallelism. Of the residual stream and the attention output each rank sees all
+coordinates; under sequence parallelism those of its part of the tokens.
 
 Hooks read detached tensors and change nothing, so training with and without them is the same to the last bit.
 """
@@ -19,7 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from megatron_xalign import names
 from megatron_xalign.batch import Batch, CurrentBatch
+from megatron_xalign.capture.hook_points import ModelPoints, megatron_points
 from megatron_xalign.errors import ConfigError, XAlignError
 from megatron_xalign.topology import Ranks
 
@@ -37,7 +38,11 @@ class MicroBatch:
 
 
 class Listener(Protocol):
-    """What a recorder hands tensors to. ``row`` counts the layers (or residual rows) this process holds, from 0."""
+    """What a recorder hands tensors to. ``row`` counts the layers (or residual rows) this process holds, from 0.
+
+    One that has ``wants_attention = True`` and a method ``take_attention(row, output_SBH, micro_batch)`` is handed the
+    attention output of layer ``Recorder.layers[row]`` too.
+    """
 
     wants_residual: bool
     """Whether ``take_residual`` is to be called."""
@@ -52,68 +57,101 @@ class Listener(Protocol):
         """Residual row ``Recorder.residual_rows[row]`` at ``micro_batch.positions``."""
 
 
-# What these settings do to the forward pass, by the attribute of Megatron's TransformerConfig and its harmless values.
-_REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("use_transformer_engine_op_fuser", (None, False), "the fused MLP never shows its post-activation"),
-    ("use_te_op_fuser", (None, False), "the fused MLP never shows its post-activation"),
-    ("use_grouped_gemm_for_dense_mlp", (None, False), "the grouped MLP never shows its post-activation"),
-    ("cuda_graph_impl", (None, "none"), "a replayed CUDA graph runs no hooks"),
-    ("enable_cuda_graph", (None, False), "a replayed CUDA graph runs no hooks"),
-    ("external_cuda_graph", (None, False), "a replayed CUDA graph runs no hooks"),
-    ("mlp_chunks_for_training", (None, 1), "the MLP then runs several times per micro-batch"),
-    ("num_moe_experts", (None,), "experts see their tokens in another order"),
-    ("context_parallel_size", (None, 1), "a process then sees only part of every sequence"),
-)
+class Together:
+    """Several listeners as one."""
+
+    def __init__(self, listeners: Sequence[Any]) -> None:
+        self.wants_residual = any(listener.wants_residual for listener in listeners)
+        self.wants_attention = any(getattr(listener, "wants_attention", False) for listener in listeners)
+        self._listeners = listeners
+
+    def take_neurons(self, row: int, act_SBF: torch.Tensor, micro_batch: MicroBatch) -> None:
+        """Hand over to each."""
+        for listener in self._listeners:
+            listener.take_neurons(row, act_SBF, micro_batch)
+
+    def take_gates(self, row: int, gate_SBF: torch.Tensor, micro_batch: MicroBatch) -> None:
+        """Hand over to each."""
+        for listener in self._listeners:
+            listener.take_gates(row, gate_SBF, micro_batch)
+
+    def take_residual(self, row: int, hidden_SBH: torch.Tensor, micro_batch: MicroBatch) -> None:
+        """Hand over to those that want it."""
+        for listener in self._listeners:
+            if listener.wants_residual:
+                listener.take_residual(row, hidden_SBH, micro_batch)
+
+    def take_attention(self, row: int, output_SBH: torch.Tensor, micro_batch: MicroBatch) -> None:
+        """Hand over to those that want it."""
+        for listener in self._listeners:
+            if getattr(listener, "wants_attention", False):
+                listener.take_attention(row, output_SBH, micro_batch)
+
+
+Take = Callable[[int, Any, "MicroBatch"], None]
 
 
 class Recorder:
     """Finds the hook points of a model and listens to them while asked to.
 
     Args:
-        model_chunks: this process's part of the model, bare or wrapped (data parallelism, bf16); several under
-            interleaved pipelining.
+        model: this process's part of Megatron's model, bare or wrapped (data parallelism, bf16), several chunks under
+            interleaved pipelining; or the hook points of any model.
         ranks: this process's place among the others.
         current_batch: tells which micro-batch the forward pass now running belongs to.
+        layers: global, 0-based layers to listen to; all if left out.
+        defer_errors: an error in a hook ends listening and is raised by ``stop``, so that the forward and backward
+            passes go on. Otherwise it is raised where it happens.
 
     Raises:
-        ConfigError: the model has a setting under which the numbers could not be exact; the message names it.
+        ConfigError: the model has a setting under which the numbers could not be exact, or lacks one of the layers;
+            the message names it.
     """
 
-    def __init__(self, model_chunks: Sequence[nn.Module], ranks: Ranks, current_batch: CurrentBatch) -> None:
+    def __init__(
+        self,
+        model: Sequence[nn.Module] | ModelPoints,
+        ranks: Ranks,
+        current_batch: CurrentBatch,
+        layers: Sequence[int] | None = None,
+        defer_errors: bool = False,
+    ) -> None:
+        points = model if isinstance(model, ModelPoints) else megatron_points(model, ranks)
+        missing = sorted(set(layers or ()) - set(range(points.num_layers)))
+        if missing:
+            raise ConfigError(
+                f"layer {missing[0]} is to be captured; the model has layers 0 to {points.num_layers - 1}."
+            )
         self._current_batch = current_batch
         self._ranks = ranks
-        found = _find_layers(model_chunks)
-        if not found:
-            raise ConfigError("capture finds no transformer layer with an MLP in this process's part of the model.")
-        self._layers = [module for _, module in sorted(found.items())]
-        self.layers = tuple(sorted(found))
-        """Global layers this process holds, in order; 0-based."""
-        config = self._layers[0].config
-        _refuse_inexact(config, self._layers)
-        self.num_layers = int(config.num_layers)
+        self._defer_errors = defer_errors
+        self._points = points
+        self._layers = [point for point in points.layers if layers is None or point.layer in layers]
+        self.layers = tuple(point.layer for point in self._layers)
+        """Global layers this process listens to, in order; 0-based."""
+        self.num_layers = points.num_layers
         """Layers of the whole model."""
-        self.ffn_hidden_size = int(config.ffn_hidden_size)
+        self.ffn_hidden_size = points.ffn_hidden_size
         """Neurons of a layer, over all tensor-parallel ranks."""
-        self.hidden_size = int(config.hidden_size)
+        self.hidden_size = points.hidden_size
         """Width of the residual stream."""
-        width = self.ffn_hidden_size // ranks.tensor_size
-        self.neurons = (ranks.tensor_rank * width, (ranks.tensor_rank + 1) * width)
+        self.neurons = points.neurons
         """First and one past the last neuron of a layer this process sees."""
-        self._embedding = _find_embedding(model_chunks)
         rows = [layer + 1 for layer in self.layers]
-        self.residual_rows = tuple(rows if self._embedding is None else [0, *rows])
-        """Residual rows this process holds: 0 is the embedding output, l + 1 the output of layer l."""
-        self.sequence_parallel = bool(config.sequence_parallel) and ranks.tensor_size > 1
+        self.residual_rows = tuple(rows if points.embedding is None else [0, *rows])
+        """Residual rows this process listens to: 0 is the input of the first layer, l + 1 the output of layer l."""
+        self.sequence_parallel = points.sequence_parallel
         """Whether this process sees only its part of the tokens of the residual stream."""
         self._handles: list[Any] = []
         self._seen: dict[tuple[str, int], int] = {}
         self._last: dict[tuple[str, int], Batch] = {}
-        self._listener: Listener | None = None
+        self._listener: Any = None
+        self._error: Exception | None = None
 
     @property
     def listening(self) -> bool:
-        """Whether hooks are in place."""
-        return bool(self._handles)
+        """Whether ``start`` was called and ``stop`` or ``close`` was not."""
+        return self._listener is not None
 
     def start(self, listener: Listener) -> None:
         """Put the hooks in place and hand ``listener`` every micro-batch from now on.
@@ -121,28 +159,40 @@ class Recorder:
         Raises:
             ValueError: another listener has not been stopped.
         """
-        if self._handles:
+        if self.listening:
             raise ValueError("the recorder is already listening; stop it first.")
         self._listener = listener
-        self._seen, self._last = {}, {}
+        self._seen, self._last, self._error = {}, {}, None
         for row, layer in enumerate(self._layers):
-            self._seen["gates", row] = self._seen["neurons", row] = 0
-            self._handles.append(layer.mlp.linear_fc1.register_forward_hook(self._gate_hook(row)))
-            self._handles.append(layer.mlp.linear_fc2.register_forward_pre_hook(self._neuron_hook(row)))
+            self._on_output(layer.gate, "gates", row, listener.take_gates, layer.gate_is_half)
+            self._on_input(layer.neurons, "neurons", row, listener.take_neurons)
         if listener.wants_residual:
-            outputs = self._layers if self._embedding is None else [self._embedding, *self._layers]
-            for row, module in enumerate(outputs):
-                self._seen["residual", row] = 0
-                self._handles.append(module.register_forward_hook(self._residual_hook(row)))
+            before = 0
+            if self._points.embedding is not None:
+                module, side = self._points.embedding
+                put = self._on_output if side == "output" else self._on_input
+                put(module, "residual", 0, listener.take_residual)
+                before = 1
+            for row, layer in enumerate(self._layers, start=before):
+                self._on_output(layer.output, "residual", row, listener.take_residual)
+        if getattr(listener, "wants_attention", False):
+            for row, layer in enumerate(self._layers):
+                if layer.attention is None:
+                    self.close()
+                    raise ConfigError(f"layer {layer.layer} has no self_attention to listen to.")
+                self._on_output(layer.attention, "attention", row, listener.take_attention)  # type: ignore[attr-defined]
 
     def stop(self, micro_batches: int) -> None:
         """Take the hooks away and check that every layer was seen exactly once per micro-batch.
 
         Raises:
             XAlignError: a layer was missed or counted twice.
+            Exception: an error in a hook, where those were put off.
         """
-        seen = self._seen
+        seen, error = self._seen, self._error
         self.close()
+        if error is not None:
+            raise error
         for (what, row), count in seen.items():
             if count != micro_batches:
                 raise XAlignError(
@@ -153,11 +203,14 @@ class Recorder:
 
     def close(self) -> None:
         """Take the hooks away; may be called at any time, also after an exception and twice."""
+        self._unhook()
+        self._listener = None
+        self._seen, self._last, self._error = {}, {}, None
+
+    def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._listener = None
-        self._seen, self._last = {}, {}
 
     def _name(self, what: str, row: int) -> str:
         if what != "residual":
@@ -165,44 +218,39 @@ class Recorder:
         number = self.residual_rows[row]
         return "the embedding output" if number == 0 else f"layer {number - 1}"
 
-    def _neuron_hook(self, row: int) -> Callable[[nn.Module, Any], None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            if _replayed():
-                return
-            act_SBF = args[0] if args else None
-            listener, micro_batch = self._enter("neurons", row, act_SBF)
-            with torch.no_grad():
-                listener.take_neurons(row, args[0].detach(), micro_batch)
+    def _on_input(self, module: nn.Module, what: str, row: int, take: Take) -> None:
+        self._seen[what, row] = 0
 
-        return hook
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._hand_over(what, row, take, lambda: args[0] if args else kwargs.get("hidden_states"))
 
-    def _gate_hook(self, row: int) -> Callable[[nn.Module, Any, Any], None]:
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _on_output(self, module: nn.Module, what: str, row: int, take: Take, first_half: bool = False) -> None:
+        self._seen[what, row] = 0
+
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if _replayed():
-                return
-            fc1_SBG, bias_G = output
-            listener, micro_batch = self._enter("gates", row, fc1_SBG)
+            self._hand_over(what, row, take, lambda: _tensor_of(output, what, first_half))
+
+        self._handles.append(module.register_forward_hook(hook))
+
+    def _hand_over(self, what: str, row: int, take: Take, find: Callable[[], torch.Tensor | None]) -> None:
+        if _replayed() or self._error is not None:
+            return
+        try:
             with torch.no_grad():
-                # Each rank holds [gate | up] of its own columns: halve before anything is gathered.
-                gate_SBF = fc1_SBG.detach()[..., : fc1_SBG.shape[-1] // 2]
-                if bias_G is not None:
-                    gate_SBF = gate_SBF + bias_G[: bias_G.shape[-1] // 2]
-                listener.take_gates(row, gate_SBF, micro_batch)
+                tensor = find()
+                if tensor is not None:
+                    tensor = tensor.detach()
+                    tensor = tensor.transpose(0, 1) if self._points.batch_first else tensor
+                micro_batch = self._enter(what, row, tensor)
+                take(row, tensor, micro_batch)
+        except Exception as error:
+            if not self._defer_errors:
+                raise
+            self._error = error
 
-        return hook
-
-    def _residual_hook(self, row: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if _replayed():
-                return
-            hidden_SBH = output[0] if isinstance(output, tuple) else output
-            listener, micro_batch = self._enter("residual", row, hidden_SBH)
-            with torch.no_grad():
-                listener.take_residual(row, hidden_SBH.detach(), micro_batch)
-
-        return hook
-
-    def _enter(self, what: str, row: int, tensor: torch.Tensor | None) -> tuple[Listener, MicroBatch]:
+    def _enter(self, what: str, row: int, tensor: torch.Tensor | None) -> MicroBatch:
         """Which micro-batch this pass is, after checking that it is a new one and that shapes agree."""
         batch = self._current_batch.batch
         where = f"the {what} of {self._name(what, row)}"
@@ -214,7 +262,7 @@ class Recorder:
             raise XAlignError(f"capture was shown no tensor for {where}: a fused kernel hides it.")
         batch_size, length = batch.language_ids.shape
         positions = slice(0, length)
-        if what == "residual" and self.sequence_parallel:
+        if what in ("residual", "attention") and self.sequence_parallel:
             part = length // self._ranks.tensor_size
             positions = slice(self._ranks.tensor_rank * part, (self._ranks.tensor_rank + 1) * part)
         expected = (positions.stop - positions.start, batch_size)
@@ -226,8 +274,20 @@ class Recorder:
         number = self._seen[what, row]
         self._seen[what, row] = number + 1
         self._last[what, row] = batch
-        assert self._listener is not None
-        return self._listener, MicroBatch(batch, number, positions)
+        return MicroBatch(batch, number, positions)
+
+
+def _tensor_of(output: Any, what: str, first_half: bool) -> torch.Tensor:
+    """The tensor in what a module returned; Megatron's linear modules and attention return it with a bias or None."""
+    tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    bias = output[1] if isinstance(output, tuple) and len(output) > 1 and what != "residual" else None
+    width = tensor.shape[-1]
+    if first_half:
+        # Each rank holds [gate | up] of its own columns: halve before anything is gathered.
+        tensor = tensor[..., names.gate_half(width)]
+    if isinstance(bias, torch.Tensor) and bias.shape == (width,):
+        tensor = tensor + bias[: tensor.shape[-1]]
+    return tensor
 
 
 def _replayed() -> bool:
@@ -237,42 +297,3 @@ def _replayed() -> bool:
     first pass of none does. Torch's checkpointing asks autograd the same question.
     """
     return torch._C._current_graph_task_id() != -1
-
-
-def _find_layers(model_chunks: Sequence[nn.Module]) -> dict[int, Any]:
-    found: dict[int, Any] = {}
-    for chunk in model_chunks:
-        for module in chunk.modules():
-            if hasattr(module, "layer_number") and hasattr(module, "mlp"):
-                layer = int(module.layer_number) - 1  # type: ignore[arg-type]
-                if not (hasattr(module.mlp, "linear_fc1") and hasattr(module.mlp, "linear_fc2")):
-                    raise ConfigError(
-                        f"layer {layer} has a {type(module.mlp).__name__} without linear_fc1 and linear_fc2; capture "
-                        "reads the neurons of dense MLPs only."
-                    )
-                found[layer] = module
-    return found
-
-
-def _find_embedding(model_chunks: Sequence[nn.Module]) -> nn.Module | None:
-    for chunk in model_chunks:
-        for module in chunk.modules():
-            embedding = getattr(module, "embedding", None)
-            if hasattr(module, "decoder") and isinstance(embedding, nn.Module) and getattr(module, "pre_process", True):
-                return embedding
-    return None
-
-
-def _refuse_inexact(config: Any, layers: Sequence[Any]) -> None:
-    for name, harmless, why in _REFUSED:
-        value = getattr(config, name, None)
-        if value not in harmless:
-            raise ConfigError(f"{name}={value} does not go with capture: {why}. Use {name}={harmless[-1]}.")
-    if not config.gated_linear_unit:
-        raise ConfigError("gated_linear_unit=False does not go with capture: the MLP has no gate to count.")
-    for layer in layers:
-        if "Fused" in type(layer.mlp).__name__:
-            raise ConfigError(
-                f"{type(layer.mlp).__name__} does not go with capture: the fused MLP never shows its post-activation. "
-                "Build the model from an unfused layer spec."
-            )

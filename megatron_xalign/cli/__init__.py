@@ -10,13 +10,21 @@ import traceback
 from collections.abc import Sequence
 
 from megatron_xalign import __version__
-from megatron_xalign.cli import conversion, machine, preprocessing, quickstart, runs, study, tokens
+from megatron_xalign.cli import (
+    capturing,
+    conversion,
+    launching,
+    machine,
+    preprocessing,
+    quickstart,
+    runs,
+    study,
+    tokens,
+)
 from megatron_xalign.cli.arguments import Handler
 from megatron_xalign.errors import ConfigError, StoppedEarly, XAlignError
 
 INTERRUPTED = 130
-STOPPED_EARLY = 75
-"""EX_TEMPFAIL: not done, no error; the same command goes on."""
 
 _EXAMPLES = """
 the whole path in one command:
@@ -45,7 +53,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"xalign {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for part in (quickstart, tokens, preprocessing, runs, study, conversion, machine):
+    for part in (
+        quickstart,
+        tokens,
+        preprocessing,
+        runs,
+        launching,
+        capturing,
+        study,
+        conversion,
+        machine,
+    ):
         part.add_verbs(verbs)
     return parser
 
@@ -80,9 +98,11 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except StoppedEarly as stop:
         launch.report_stop(str(stop))
-        if not launch.in_worker() and os.environ.get("RANK", "0") == "0":
-            print(f"xalign: {stop} The same command continues; exit code {STOPPED_EARLY}.", file=sys.stderr)
-        return STOPPED_EARLY
+        if launch.in_worker():
+            return 0  # the launcher has the note; anything else it would count as a failure and start again
+        if os.environ.get("RANK", "0") == "0" and os.environ.get("SLURM_NODEID", "0") == "0":
+            print(f"xalign: {stop} The same command continues; exit code {launch.STOPPED_EARLY}.", file=sys.stderr)
+        return launch.STOPPED_EARLY
     except XAlignError as error:
         launch.report_failure(error)
         # In a job of many processes the launcher names the first cause once; every rank saying it would bury it.

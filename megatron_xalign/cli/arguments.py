@@ -118,8 +118,8 @@ def natural(text: str) -> int:
     return value
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="YAML of a run")
+def add_config(parser: argparse.ArgumentParser, what: str = "YAML of a run") -> None:
+    parser.add_argument("config", type=Path, help=what)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="change one setting, e.g. data.mixture.parallel_fraction=0.02; may be given again",

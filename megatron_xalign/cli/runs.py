@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xalign.cli.arguments import add_config, fraction_list, natural, positive, print_json, verb
+from megatron_xalign.errors import ConfigError
 
 _BLEND_EXAMPLES = """
 examples:
@@ -101,7 +102,21 @@ def _add_train(verbs: Any) -> None:
         help="start N processes here; leave out under torchrun or for a single process",
     )
     parser.add_argument("--master-port", type=positive, default=None, metavar="PORT", help="default: a free port")
-    parser.add_argument("--dry-run", action="store_true", help="print config and mixture; touch nothing")
+    parser.add_argument(
+        "--max-restarts", type=natural, default=0, metavar="N",
+        help="start all processes again, from the last checkpoint, up to N times after one of them failed",
+    )
+    parser.add_argument(
+        "--nnodes", type=positive, default=1, metavar="N",
+        help="machines of the job; the same command runs on each, with --nproc-per-node and --rdzv-endpoint",
+    )
+    parser.add_argument("--rdzv-endpoint", default=None, metavar="HOST:PORT", help="where they meet: the first one's")
+    parser.add_argument("--rdzv-id", default=None, metavar="ID", help="a name of the job, the same on each")
+    parser.add_argument("--dry-run", action="store_true", help="print config, sizes and mixture; touch nothing")
+    parser.add_argument(
+        "--world-size", type=positive, default=None, metavar="N",
+        help="with --dry-run: processes of the job that is planned, here or on a cluster",
+    )
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -110,12 +125,21 @@ def _train(options: argparse.Namespace) -> int:
 
     config = read_config(options.config, options.overrides, RunConfig)
     if options.dry_run:
-        print(workflows.describe_run(config, options.nproc_per_node))
+        started = None if options.nproc_per_node is None else options.nnodes * options.nproc_per_node
+        print(workflows.describe_run(config, options.world_size or started))
         return 0
+    if options.world_size is not None:
+        raise ConfigError("--world-size goes with --dry-run; a job's size is what starts it.")
     if options.nproc_per_node is None:
+        if options.nnodes > 1 or options.max_restarts:
+            raise ConfigError("--nnodes and --max-restarts go with --nproc-per-node; torchrun has its own.")
         workflows.train(config)
         return 0
     overrides = [part for override in options.overrides for part in ("--set", override)]
-    launch.run_workers(["train", str(options.config), *overrides], options.nproc_per_node, options.master_port)
+    launch.run_workers(
+        ["train", str(options.config), *overrides], options.nproc_per_node, options.master_port,
+        max_restarts=options.max_restarts,
+        nodes=launch.Nodes(options.nnodes, options.rdzv_endpoint, options.rdzv_id),
+    )
     print(config.output_dir)
     return 0

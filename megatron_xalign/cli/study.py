@@ -6,13 +6,32 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_xalign.cli.arguments import print_json, verb
+from megatron_xalign.cli.arguments import add_config, print_json, verb
+
+_STUDY_EXAMPLES = """
+examples:
+  xalign study STUDY.yaml --dry-run
+  xalign study STUDY.yaml                            trains here, one run after the other; the same command continues
+  xalign study STUDY.yaml --only p0.05-s1            one run, as a job of a cluster does it
+  xalign study STUDY.yaml --no-train                 measures what was trained elsewhere and draws the page
+
+a study's YAML:
+  run: run.yaml                  every run is this one with a few settings changed
+  output_dir: studies/enfi
+  fractions: [0, 0.01, 0.02, 0.05]
+  seeds: [1, 2]
+  controls:
+    shuffled: {overrides: [data.mixture.pairing=shuffled, data.sources.2.prefix=tokens/shuffled], fractions: [0.05]}
+
+A run that fails is reported as failed, and the others go on; the exit code is then 1.
+"""
 
 
 def add_verbs(verbs: Any) -> None:
     """Add the verbs of this file to the parser of ``xalign``."""
     _add_analyze(verbs)
     _add_report(verbs)
+    _add_study(verbs)
 
 
 def _add_analyze(verbs: Any) -> None:
@@ -46,3 +65,33 @@ def _report(options: argparse.Namespace) -> int:
 
     print(workflows.report(options.run, options.out, title=options.title, corpus=options.corpus))
     return 0
+
+
+def _add_study(verbs: Any) -> None:
+    parser = verb(
+        verbs, "study", "a whole comparison: fractions x seeds x controls, trained, measured, on one page", _study,
+        _STUDY_EXAMPLES,
+    )
+    add_config(parser, "YAML of a study")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="RUN",
+        help="do this run alone (a job of a cluster); may be given again",
+    )
+    parser.add_argument("--no-train", action="store_true", help="measure and draw what other jobs have trained")
+    parser.add_argument("--json", action="store_true", help="print how far every run is as JSON")
+    parser.add_argument("--dry-run", action="store_true", help="print the runs and how far each is; touch nothing")
+
+
+def _study(options: argparse.Namespace) -> int:
+    from megatron_xalign import study
+
+    plan = study.plan_study(options.config, options.overrides)
+    if options.dry_run:
+        print(plan.describe())
+        return 0
+    state = study.run_study(plan, options.only, train=not options.no_train)
+    if options.json:
+        print_json(state)
+    else:
+        print(study.describe_study(state))
+    return 1 if any(entry["state"] == "failed" for entry in state["runs"].values()) else 0

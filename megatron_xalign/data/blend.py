@@ -20,7 +20,7 @@ import numpy as np
 from megatron_xalign.config import RunConfig
 from megatron_xalign.data.audit import audit_order, describe_audit, miss
 from megatron_xalign.data.blend_reader import BlendReader
-from megatron_xalign.data.index_cache import IndexCache
+from megatron_xalign.data.index_cache import IndexCache, file_identity
 from megatron_xalign.data.mixture import MixturePlan, plan_mixture
 from megatron_xalign.data.order import Order, build_order, reopen, sample_index
 from megatron_xalign.data.source_stream import SourceStream
@@ -111,6 +111,16 @@ class Blend:
     def files(self) -> list[Any]:
         """The token files of the sources."""
         return [stream.file for stream in self.windows]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """By what the content of each source is known, JSON-able; the same wherever the files lie."""
+        named: dict[str, Any] = {}
+        for name, file in zip(self.source_names, self.files, strict=True):
+            identity = file_identity(file)
+            # Copies of Megatron's own files have other times of modification.
+            sizes = {kind: value[0] if isinstance(value, list) else value for kind, value in identity.items()}
+            named[name] = sizes
+        return named
 
     @property
     def drawn(self) -> np.ndarray:

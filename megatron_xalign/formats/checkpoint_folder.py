@@ -76,9 +76,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Size and hash of a file, as ``xalign.json`` lists them."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+def describe_file(path: Path, with_hash: bool = True) -> dict[str, Any]:
+    """Size and, if wanted, hash of a file, as ``xalign.json`` lists them."""
+    return {"bytes": path.stat().st_size} | ({"sha256": sha256_of(path)} if with_hash else {})
 
 
 def find_damage(checkpoint: Path, manifest: dict[str, Any], share: tuple[int, int] = (0, 1)) -> list[str]:
@@ -102,7 +102,7 @@ def find_damage(checkpoint: Path, manifest: dict[str, Any], share: tuple[int, in
             damage.append(f"{name} is missing")
         elif path.stat().st_size != expected["bytes"]:
             damage.append(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-        elif sha256_of(path) != expected["sha256"]:
+        elif "sha256" in expected and sha256_of(path) != expected["sha256"]:
             damage.append(f"{name} has another content than was written (SHA-256 differs)")
     return damage
 
@@ -150,27 +150,36 @@ def latest_checkpoint(
     return None
 
 
-def prune(folder: str | Path, keep: int) -> list[Path]:
+def prune(folder: str | Path, keep: int, keep_every_steps: int = 0) -> list[Path]:
     """Remove all but the newest ``keep`` complete checkpoints; 0 keeps all. Call it on one process.
+
+    Args:
+        folder: ``checkpoints/`` of a run.
+        keep: how many.
+        keep_every_steps: those of steps that are a multiple of this stay as well; 0: none.
 
     Returns:
         The folders removed, oldest first.
 
     Raises:
-        ValueError: ``keep`` is negative.
+        ValueError: ``keep`` or ``keep_every_steps`` is negative.
     """
-    if keep < 0:
-        raise ValueError(f"keep={keep} is negative; 0 keeps all checkpoints.")
+    if keep < 0 or keep_every_steps < 0:
+        raise ValueError(f"keep={keep}, keep_every_steps={keep_every_steps}: neither may be negative.")
     if keep == 0:
         return []
     complete = [path for path in checkpoint_folders(Path(folder)) if (path / MANIFEST).is_file()]
-    for path in complete[:-keep]:
+    removed = [
+        path for path in complete[:-keep]
+        if not keep_every_steps or int(path.name.removeprefix("step-")) % keep_every_steps
+    ]
+    for path in removed:
         # Out of sight first: a kill in the middle of the removal must not leave half a checkpoint under its name.
         hidden = path.with_name(f".{path.name}.removed")
         shutil.rmtree(hidden, ignore_errors=True)
         path.rename(hidden)
         shutil.rmtree(hidden)
-    return complete[:-keep]
+    return removed
 
 
 def remove_leftovers(folder: Path) -> list[Path]:

@@ -5,8 +5,9 @@ Each rank writes its own layers and its own slice of the neurons (and of the res
 The folder is written beside and renamed once every shard is there, so a folder under its final name is complete.
 """
 
-# D documents (probe sentences), P pairs, K languages, L layers, F ffn width, H hidden width
-# M = L + 1 residual rows: row 0 is the embedding output, row l + 1 the output of layer l before the final norm
+# D documents (probe sentences), P pairs, K languages, L captured layers, F ffn width, H hidden width
+# M = L + 1 residual rows: row 0 is the embedding output, the others the outputs of the captured layers, in order,
+# before the final norm
 
 
 
@@ -44,11 +45,19 @@ ARRAYS: dict[str, tuple[str, str]] = {
     "stream_max_KLF": ("KLF", "float32"),
     "stream_positive_KLF": ("KLF", "int64"),
     "stream_gate_positive_KLF": ("KLF", "int64"),
+    "stream_residual_sum_KMH": ("KMH", "float64"),
+    "stream_residual_sum_of_squares_KMH": ("KMH", "float64"),
+    "stream_attention_sum_KLH": ("KLH", "float64"),
+    "stream_attention_sum_of_squares_KLH": ("KLH", "float64"),
 }
 """Name -> (axes, dtype) of every array a statistics folder can hold; those of a kind come all together."""
 
 PROBE_ARRAYS = tuple(name for name in ARRAYS if name.startswith("probe_"))
-STREAM_ARRAYS = tuple(name for name in ARRAYS if name.startswith("stream_"))
+RESIDUAL_ARRAYS = tuple(name for name in ARRAYS if name.startswith("stream_residual_"))
+ATTENTION_ARRAYS = tuple(name for name in ARRAYS if name.startswith("stream_attention_"))
+STREAM_ARRAYS = tuple(
+    name for name in ARRAYS if name.startswith("stream_") and name not in RESIDUAL_ARRAYS + ATTENTION_ARRAYS
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +73,11 @@ class StatsIndex:
     languages: tuple[str, ...]
     """Codes of the K languages."""
     num_layers: int
+    """Layers of the model."""
     ffn_hidden_size: int
     hidden_size: int
+    layers: tuple[int, ...] | None = None
+    """Captured layers, in order; None: all."""
     document_ids: tuple[str, ...] = ()
     """One per probe sentence (D); empty if there was no probe."""
     document_languages: tuple[str, ...] = ()
@@ -84,6 +96,10 @@ class StatsIndex:
     """Last optimizer step of the stream sums."""
     stream_interval_steps: int | None = None
     """Sums were taken at every n-th step of that window."""
+    stream_residual: bool = False
+    """Whether the stream has sums of the residual stream too."""
+    stream_attention: bool = False
+    """Whether it has sums of the attention output."""
 
     def __post_init__(self) -> None:
         documents = len(self.document_ids)
@@ -95,6 +111,10 @@ class StatsIndex:
         unknown = sorted(set(self.document_languages) - set(self.languages))
         if unknown:
             raise ValueError(f"probe sentences are in {unknown}, which are not among the languages {self.languages}.")
+        if self.layers is not None and (
+            list(self.layers) != sorted(set(self.layers)) or not set(self.layers) <= set(range(self.num_layers))
+        ):
+            raise ValueError(f"layers {self.layers} are not in order, or not among the {self.num_layers} of the model.")
         keys = list(zip(self.document_pairs, self.document_languages, strict=True))
         if len(set(keys)) != len(keys):
             double = next(key for key in keys if keys.count(key) > 1)
@@ -265,7 +285,11 @@ def read_neuron_stats(folder: str | Path, verify: bool = True) -> NeuronStats:
             raise FormatError(
                 f"{path} has format version {content['format_version']}; this version of xalign reads {FORMAT_VERSION}."
             )
-        values = {item.name: content[item.name] for item in dataclasses.fields(StatsIndex)}
+        values = {
+            item.name: content[item.name]
+            for item in dataclasses.fields(StatsIndex)
+            if item.name in content or item.default is dataclasses.MISSING
+        }
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         index = StatsIndex(**values)
         entries = [ShardEntry(**entry) for entry in content["shards"]]
@@ -289,7 +313,7 @@ class _Part:
     path: Path
     names: frozenset[str]
     axes: Mapping[str, tuple[int, ...]]
-    """Global indices along L, F, M and H."""
+    """Places along L, F, M and H of the whole arrays."""
 
 
 def _open(folder: Path, index: StatsIndex, entries: Sequence[ShardEntry]) -> NeuronStats:
@@ -299,10 +323,12 @@ def _open(folder: Path, index: StatsIndex, entries: Sequence[ShardEntry]) -> Neu
         with _safe_open(path) as file:
             try:
                 header = json.loads((file.metadata() or {})["header"])
+                # Places along the axes of the whole arrays; captured layers need not be all.
+                layers = {layer: place for place, layer in enumerate(_captured(index))}
                 axes = {
-                    "L": tuple(header["layers"]),
+                    "L": tuple(layers[layer] for layer in header["layers"]),
                     "F": tuple(range(*header["neurons"])),
-                    "M": tuple(header["residual_rows"]),
+                    "M": tuple(0 if row == 0 else layers[row - 1] + 1 for row in header["residual_rows"]),
                     "H": tuple(range(*header["residual_columns"])),
                 }
             except (KeyError, TypeError, ValueError) as error:
@@ -312,6 +338,10 @@ def _open(folder: Path, index: StatsIndex, entries: Sequence[ShardEntry]) -> Neu
     stats = NeuronStats(folder, index, parts)
     _check_complete(stats)
     return stats
+
+
+def _captured(index: StatsIndex) -> tuple[int, ...]:
+    return tuple(range(index.num_layers)) if index.layers is None else index.layers
 
 
 def _safe_open(path: Path) -> Any:
@@ -330,6 +360,8 @@ def _check_complete(stats: NeuronStats) -> None:
         expected += PROBE_ARRAYS
     if stats.has_stream:
         expected += STREAM_ARRAYS
+        expected += RESIDUAL_ARRAYS if stats.index.stream_residual else ()
+        expected += ATTENTION_ARRAYS if stats.index.stream_attention else ()
     for name in expected:
         axes = ARRAYS[name][0]
         split = [axis for axis in axes if axis in "LFMH"]
@@ -341,14 +373,17 @@ def _check_complete(stats: NeuronStats) -> None:
         count = np.zeros([stats.size(axis) for axis in split], dtype=np.int16)
         for part in parts:
             try:
-                count[np.ix_(*(part.axes[axis] for axis in split))] += 1
+                count[np.ix_(*(np.array(part.axes[axis], np.int64) for axis in split))] += 1
             except IndexError:
                 raise FormatError(
                     f"{part.path} holds {name} outside the {'x'.join(map(str, count.shape))} the index tells of."
                 ) from None
         if (count != 1).any():
             row, column = map(int, np.argwhere(count != 1)[0])
-            what = f"layer {row}, neuron {column}" if split[0] == "L" else f"residual row {row}, coordinate {column}"
+            if split[0] == "L":
+                what = f"layer {stats.layers[row]}, {'neuron' if split[1] == 'F' else 'coordinate'} {column}"
+            else:
+                what = f"residual row {row}, coordinate {column}"
             how = "no shard" if count[row, column] == 0 else f"{count[row, column]} shards"
             raise FormatError(f"{stats.folder}: {name} of {what} is in {how}; exactly one should hold it.")
 
@@ -382,6 +417,14 @@ class NeuronStats:
     """int64 [K, L, F]: tokens at which it is above zero."""
     stream_gate_positive_KLF: np.ndarray
     """int64 [K, L, F]: tokens at which the gate (before SiLU) is above zero; what LAPE counts."""
+    stream_residual_sum_KMH: np.ndarray
+    """float64 [K, M, H]: sum of the residual stream, where asked for."""
+    stream_residual_sum_of_squares_KMH: np.ndarray
+    """float64 [K, M, H]: sum of its squares."""
+    stream_attention_sum_KLH: np.ndarray
+    """float64 [K, L, H]: sum of what attention adds to the residual stream, where asked for."""
+    stream_attention_sum_of_squares_KLH: np.ndarray
+    """float64 [K, L, H]: sum of its squares."""
 
     def __init__(self, folder: Path, index: StatsIndex, parts: Sequence[_Part]) -> None:
         self.folder = folder
@@ -423,8 +466,13 @@ class NeuronStats:
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """Layers of the model."""
         return self.index.num_layers
+
+    @property
+    def layers(self) -> list[int]:
+        """The captured layers, in the order of the L axis; all of the model unless others were asked for."""
+        return list(_captured(self.index))
 
     @property
     def ffn_hidden_size(self) -> int:
@@ -472,9 +520,9 @@ class NeuronStats:
         return {
             "D": len(index.document_ids),
             "K": len(index.languages),
-            "L": index.num_layers,
+            "L": len(self.layers),
             "F": index.ffn_hidden_size,
-            "M": index.num_layers + 1,
+            "M": len(self.layers) + 1,
             "H": index.hidden_size,
         }[axis]
 
@@ -506,9 +554,13 @@ class NeuronStats:
             ValueError: the array has no layers, or not that one.
         """
         axes = ARRAYS[name][0]
-        position = layer + 1 if "M" in axes else layer
-        if not ("L" in axes or "M" in axes) or not 0 <= position < self.size("M" if "M" in axes else "L"):
-            raise ValueError(f"{name} has no layer {layer}; the model has {self.num_layers} layers.")
+        known = [-1, *self.layers] if "M" in axes else self.layers if "L" in axes else []
+        if layer not in known:
+            raise ValueError(
+                f"{name} has no layer {layer}; the model has {self.num_layers} layers, of which "
+                f"{len(self.layers)} were captured."
+            )
+        position = known.index(layer)
         if name in self._kept:
             return np.take(self._kept[name], position, axis=1)
         return self._read(name, position)
@@ -516,8 +568,14 @@ class NeuronStats:
     def _read(self, name: str, position: int | None) -> np.ndarray:
         """Join an array over the shards, whole or at one position of its second axis."""
         axes, dtype = ARRAYS[name]
-        if not (self.has_probe if name in PROBE_ARRAYS else self.has_stream):
-            kind = "a probe" if name in PROBE_ARRAYS else "sums from training batches"
+        for names, there, kind in (
+            (PROBE_ARRAYS, self.has_probe, "a probe"),
+            (STREAM_ARRAYS, self.has_stream, "sums from training batches"),
+            (RESIDUAL_ARRAYS, self.has_stream and self.index.stream_residual, "sums of the residual stream"),
+            (ATTENTION_ARRAYS, self.has_stream and self.index.stream_attention, "sums of the attention output"),
+        ):
+            if name not in names or there:
+                continue
             raise FormatError(f"{self.folder} was written without {kind}; {name} is not in it.")
         kept_axes = axes if position is None else axes[0] + axes[2:]
         whole = np.empty([self.size(axis) for axis in kept_axes], dtype=dtype)
@@ -530,7 +588,7 @@ class NeuronStats:
                 else:
                     block = file.get_slice(name)[:, part.axes[axes[1]].index(position)]
             where = tuple(
-                np.array(part.axes[axis]) if axis in part.axes else np.arange(self.size(axis)) for axis in kept_axes
+                np.array(part.axes.get(axis, tuple(range(self.size(axis)))), np.int64) for axis in kept_axes
             )
             if block.dtype != whole.dtype or block.shape != tuple(map(len, where)):
                 raise FormatError(

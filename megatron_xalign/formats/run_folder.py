@@ -5,6 +5,7 @@ RUN/config.yaml    the resolved config, the first file written
 RUN/run.json       version, commit, seed, command, library versions, layout
 RUN/audit.json     the mixture, asked against achieved
 RUN/metrics.jsonl  one object per logged step
+RUN/tensorboard/   the same numbers for TensorBoard
 RUN/checkpoints/   step-000100/ ...
 RUN/neurons/       step-000100/ ...
 RUN/analysis/      results.json ...
@@ -34,7 +35,9 @@ _FREE_TO_CHANGE = (
     "output_dir", "training.log_interval_steps", "training.save_interval_steps", "training.keep_checkpoints",
     "parallel.distributed_timeout_seconds", "parallel.tensor_model_parallel_size",
     "parallel.pipeline_model_parallel_size", "parallel.sequence_parallel", "parallel.use_distributed_optimizer",
-    "training.micro_batch_size",
+    "training.micro_batch_size", "training.keep_every_steps", "training.checkpoint_hashes", "training.async_save",
+    "training.allow_changed_data", "parallel.heartbeat_interval_seconds", "logging.tensorboard",
+    "logging.wandb_project", "logging.wandb_mode", "logging.mlflow_experiment", "logging.mlflow_tracking_uri",
 )
 
 

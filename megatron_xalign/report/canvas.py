@@ -8,13 +8,17 @@ readable in light and dark.
 from __future__ import annotations
 
 import csv
+import html
 import io
+import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from megatron_xalign.errors import ConfigError
 from megatron_xalign.formats.atomic import write_text
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
 
 STEP_LABEL = "step-label"
 """Marks the labels above an axis of tokens."""
+HOVER = "hover:"
+"""Begins the name of a line whose points tell their values under the pointer; what follows is its label."""
 
 INK, MUTED, GRID = "#1d232a", "#5a6572", "#d5dae0"
 _FIXED = {"ink": (INK, "#e8ecf1"), "muted": (MUTED, "#a3aebb"), "grid": (GRID, "#343c46")}
@@ -47,7 +53,7 @@ class Mark:
     label: str
     color: str
     """Hex code of the light palette."""
-    kind: Literal["line", "dashed", "band", "dot"] = "line"
+    kind: Literal["line", "dashed", "dotted", "band", "dot"] = "line"
 
 
 @dataclass(frozen=True)
@@ -165,16 +171,57 @@ def drawing_style() -> AbstractContextManager[None]:
 
 
 def draw_panel(panel: Panel, picture: Picture, index: int, palette: Palette) -> str:
-    """One panel as an ``<svg>`` element without outside references, ids of its own and the page's colours."""
+    """One panel as an ``<svg>`` element without outside references, ids of its own and the page's colours.
+
+    ``data-points`` holds what the pointer can ask for: ``[[x, y, what it is], ...]`` in the drawing's own units.
+    """
     matplotlib = import_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=picture.panel_size)
     _draw_into(figure, panel, picture, 0.0, 0.0)
+    points = _points(figure)
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": f"{picture.name}-{index}"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
-    return _inline(text.getvalue(), f"{picture.name}-{index}-", palette)
+    svg = _inline(text.getvalue(), f"{picture.name}-{index}-", palette)
+    if not points:
+        return svg
+    told = json.dumps(points, ensure_ascii=False, separators=(",", ":"))
+    return svg.replace("<svg", f'<svg data-points="{html.escape(told)}"', 1)
+
+
+MAX_HOVER_POINTS = 60
+"""Of one line; of a longer one (losses) every so many."""
+
+
+def _points(figure: Figure) -> list[tuple[float, float, str]]:
+    """Where the points of the named lines lie, in points (1/72 inch) from the upper left, and their values as text."""
+    figure.draw_without_rendering()  # places the axes' limits
+    (axes,) = figure.axes
+    height = figure.get_size_inches()[1] * 72
+    points = []
+    for line in axes.lines:
+        name = str(line.get_gid() or "")
+        if not name.startswith(HOVER):
+            continue
+        data = np.asarray(line.get_xydata(), np.float64)
+        stride = max(1, -(-len(data) // MAX_HOVER_POINTS))
+        for (x, y), (across, up) in zip(
+            data[::stride], axes.transData.transform(data[::stride]) * 72 / figure.dpi, strict=True
+        ):
+            told = f"{name.removeprefix(HOVER)}: {_value(y)} at {_words_of(axes.get_xlabel())} {_value(x)}"
+            points.append((round(float(across), 1), round(height - float(up), 1), told))
+    return points
+
+
+def _words_of(label: str) -> str:
+    return "tokens" if label == "tokens seen" else label
+
+
+def _value(value: float) -> str:
+    text = f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:.4g}"
+    return text.replace("-", "\u2212")
 
 
 def write_files(picture: Picture, folder: Path) -> None:
@@ -207,7 +254,7 @@ def compose(picture: Picture) -> Figure:
     for index, panel in enumerate(picture.panels):
         row, column = divmod(index, picture.num_columns)
         _draw_into(figure, panel, picture, column * panel_width, (num_rows - 1 - row) * panel_height)
-    shapes = {"line": ("-", ""), "dashed": ("--", ""), "dot": ("", "o")}
+    shapes = {"line": ("-", ""), "dashed": ("--", ""), "dotted": (":", ""), "dot": ("", "o")}
     handles: list[Any] = [
         Patch(facecolor=mark.color, alpha=0.25)
         if mark.kind == "band"

@@ -19,6 +19,7 @@ from megatron_xalign.report.panels import (
     layer_panel,
     loss_panel,
     projection_panel,
+    stroke,
     survival_panel,
     training_panel,
 )  # fmt: skip
@@ -91,8 +92,7 @@ def alignment_over_training(series: Series, palette: Palette) -> Picture:
         num_columns=3,
         legend=[
             *_run_marks(series, palette),
-            Mark("95 % interval over sentences", MUTED, "band"),
-            Mark("chance, or permuted pairs", INK, "dashed"),
+            *_interval_marks(series),
         ],
         header=HEADER,
         records=_records(drawn),
@@ -146,8 +146,7 @@ def alignment_by_layer(series: Series, palette: Palette) -> Picture:
         num_columns=3,
         legend=[
             *_run_marks(series, palette),
-            Mark("95 % interval over sentences", MUTED, "band"),
-            Mark("chance, or permuted pairs", INK, "dashed"),
+            *_interval_marks(series),
         ],
         header=HEADER,
         records=_records(drawn),
@@ -264,7 +263,8 @@ def ap_distribution(series: Series, palette: Palette) -> Picture | None:
 
 def projections(series: Series, palette: Palette) -> Picture | None:
     """Probe sentences on two principal components: runs down, layers across; None if there is no projection."""
-    found = [(run, projection(run, series.step)) for run in series.runs]
+    # Of replicates the first: seeds place their axes anew.
+    found = [(group.runs[0], projection(group.runs[0], series.step)) for group in series.groups]
     layers = _spread_layers(series.num_layers)
     panels: list[Panel] = []
     records: list[tuple[Any, ...]] = []
@@ -380,7 +380,22 @@ def probe_loss(series: Series, palette: Palette) -> Picture:
 
 
 def _run_marks(series: Series, palette: Palette) -> list[Mark]:
-    return [Mark(f"{run.label} parallel data", palette.fraction(run.fraction)) for run in series.runs]
+    """One entry for each group of runs; and what lines and bands are where there are several seeds."""
+    marks = [
+        Mark(
+            f"{group.label} parallel data", palette.fraction(group.runs[0].fraction),
+            "dotted" if stroke(series, group.runs[0]) else "line",
+        )
+        for group in series.groups
+    ]
+    if series.has_replicates:
+        marks.append(Mark("thin: each seed; thick: their mean; band: lowest to highest seed", MUTED, "band"))
+    return marks
+
+
+def _interval_marks(series: Series) -> list[Mark]:
+    marks = [] if series.has_replicates else [Mark("95 % interval over sentences", MUTED, "band")]
+    return [*marks, Mark("chance, or permuted pairs", INK, "dashed")]
 
 
 def _records(lines: Iterable[Line]) -> list[tuple[Any, ...]]:
@@ -404,7 +419,10 @@ def _best_layers(series: Series, pair: str) -> str:
     best = [layer_words(run.best_layer(pair, series.step)) for run in series.runs]
     if len(set(best)) == 1:
         return best[0]
-    return listing(f"{layer} ({run.label})" for layer, run in zip(best, series.runs, strict=True))
+    by_layer: dict[str, list[str]] = {}
+    for layer, run in zip(best, series.runs, strict=True):
+        by_layer.setdefault(layer, []).append(run.label)
+    return listing(f"{layer} ({listing(labels)})" for layer, labels in by_layer.items())
 
 
 def _loss(line: dict[str, Any], language: str) -> float | None:

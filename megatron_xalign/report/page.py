@@ -1,13 +1,15 @@
 """One self-contained page about a series of runs, and every figure beside it as PNG, PDF and CSV.
 
 ```
-OUT/index.html        styles and figures inside, no script, no request to anywhere
+OUT/index.html        styles, figures and a small script inside, no request to anywhere
 OUT/figures/NAME.png NAME.pdf NAME.csv
 ```
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +22,7 @@ from megatron_xalign.progress import progress_bar
 from megatron_xalign.report import answer, tables
 from megatron_xalign.report.canvas import build_palette, draw_panel, drawing_style, write_files
 from megatron_xalign.report.figures import build_figures
+from megatron_xalign.report.film import build_film
 from megatron_xalign.report.series import Series, read_series
 from megatron_xalign.report.wording import amount, listing, percent, thousands
 
@@ -35,26 +38,32 @@ def write_report(
     commands: Sequence[str] = (),
     corpus: Path | None = None,
     hf: Mapping[str, Path] | None = None,
+    controls: Mapping[str, str] | None = None,
+    missing: Mapping[str, str] | None = None,
+    claims: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Write the report of a series.
 
     Args:
-        run_folders: 1 to 8 run folders with ``analysis/`` inside; the order does not matter.
+        run_folders: 1 to 64 run folders with ``analysis/`` inside; the order does not matter.
         out: folder to write; ``out/figures`` is replaced, other files in it stay.
         title: heading of the page.
         commands: what to type to make all of this again, one line each.
         corpus: ``corpus.json`` or the folder that holds it.
         hf: Hugging Face folder by run name, where a run was converted.
+        controls: name of the control by run name, of runs that belong to one.
+        missing: why a run that belongs here is not here, by its name; told at the top.
+        claims: what the comparison says for and against each claim (``analysis.claims``).
 
     Returns:
         ``out/index.html``, the last file written.
 
     Raises:
         FormatError: a piece of a run is missing or unreadable, or the runs cannot be compared (see ``read_series``).
-        ConfigError: matplotlib or jinja2 is not installed, or the number of runs is not 1 to 8.
+        ConfigError: matplotlib or jinja2 is not installed, or the number of runs is not 1 to 64.
     """
     template = _template()
-    series = read_series([Path(folder) for folder in run_folders])
+    series = read_series([Path(folder) for folder in run_folders], controls)
     corpus_facts = None
     if corpus is not None:
         corpus_facts = read_json(corpus / "corpus.json" if corpus.is_dir() else corpus)
@@ -68,6 +77,7 @@ def write_report(
                 write_files(picture, folder)
                 drawn[name] = [draw_panel(panel, picture, index, palette) for index, panel in enumerate(picture.panels)]
                 bar.update(1)
+    script = _file("page.js")
     page = template.render(
         title=title,
         series=series,
@@ -82,7 +92,12 @@ def write_report(
         commands=list(commands),
         corpus=corpus_facts,
         hf=dict(hf or {}),
-        notes=_notes(series),
+        notes=_notes(series, missing or {}),
+        missing=missing or {},
+        claims=list(claims),
+        film=build_film(series, palette),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),
         fractions=listing(dict.fromkeys(percent(run.fraction, digits=None) for run in series.runs)),
         tokens=" / ".join(dict.fromkeys(amount(count) for count in series.tokens)),
         thousands=thousands,
@@ -93,9 +108,15 @@ def write_report(
     return out / "index.html"
 
 
-def _notes(series: Series) -> list[str]:
-    """What a reader must know before comparing: runs that went on, measures that were not taken."""
-    notes = [
+def _notes(series: Series, missing: Mapping[str, str]) -> list[str]:
+    """What a reader must know before comparing: runs that failed or went on, measures that were not taken."""
+    notes = []
+    if missing:
+        notes.append(
+            f"{len(missing)} of {len(missing) + len(series.runs)} runs are not on this page: {listing(missing)}. What "
+            "became of them is told below; nothing here stands for them."
+        )
+    notes += [
         f"{run.name} was analysed up to step {thousands(run.last_step)}; tables and layer figures compare all runs at "
         f"step {thousands(series.step)}, the last one they share."
         for run in series.runs

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_xalign.formats.results import Row
-from megatron_xalign.report.canvas import INK, MUTED, STEP_LABEL, Palette
+from megatron_xalign.report.canvas import HOVER, INK, MUTED, STEP_LABEL, Palette
 from megatron_xalign.report.series import Run, Series
 from megatron_xalign.report.wording import amount, layer_name, percent, thousands
 
@@ -24,6 +25,7 @@ MAX_POINTS = 150
 
 Line = tuple[Run, list[Row]]
 Draw = Callable[["Axes"], None]
+
 
 def training_panel(
     series: Series,
@@ -75,7 +77,10 @@ def survival_panel(
         for run, counts in curves:
             shown = counts > 0
             color = palette.fraction(run.fraction)
-            axes.plot(thresholds[shown], counts[shown], color=color, linestyle=_dash(series, run))
+            axes.plot(
+                thresholds[shown], counts[shown], color=color, linestyle=_dash(series, run),
+                linewidth=_thin(series, run) + 0.4, gid=f"{HOVER}{run.label}",
+            )  # fmt: skip
         axes.axvline(1.0 / len(series.probed), color=INK, linestyle="--", linewidth=1.0)
         axes.set_yscale("log")
         axes.set_xlim(0.0, 1.0)
@@ -126,7 +131,8 @@ def loss_panel(
         for run, points in curves:
             axes.plot(
                 [tokens for _, tokens, _ in points], [value for _, _, value in points],
-                color=palette.fraction(run.fraction), linestyle=_dash(series, run), linewidth=1.6,
+                color=palette.fraction(run.fraction), linestyle=_dash(series, run), linewidth=_thin(series, run),
+                gid=f"{HOVER}{run.label}",
             )  # fmt: skip
         if level is not None:
             axes.axhline(level, color=INK, linestyle="--", linewidth=1.0)
@@ -146,30 +152,68 @@ def _draw_lines(
     scale: float,
     chance: float | None,
 ) -> None:
-    for run, rows in dashed:
-        x, y = [place(row) for row in rows], [scale * row.value for row in rows]
-        axes.plot(x, y, color=palette.fraction(run.fraction), linestyle="--", linewidth=1.1)
+    for curve in _curves(series, dashed, place):
+        axes.plot(
+            curve.x, scale * curve.mean, color=palette.fraction(curve.runs[0].fraction), linestyle="--", linewidth=1.1
+        )
     if chance is not None:
         axes.axhline(scale * chance, color=INK, linestyle="--", linewidth=1.1)
-    for number, (run, rows) in enumerate(lines):
-        color = palette.fraction(run.fraction)
-        bands = [(place(row), row.low, row.high) for row in rows if row.low is not None and row.high is not None]
-        if bands:
-            x = [at for at, _, _ in bands]
-            low, high = [scale * low for _, low, _ in bands], [scale * high for _, _, high in bands]
-            axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-        x, y = [place(row) for row in rows], [scale * row.value for row in rows]
+    curves = _curves(series, lines, place)
+    for number, curve in enumerate(curves):
+        color = palette.fraction(curve.runs[0].fraction)
+        if curve.low is not None and curve.high is not None:
+            axes.fill_between(curve.x, scale * curve.low, scale * curve.high, color=color, alpha=0.18, linewidth=0)
+        for values in curve.each:
+            axes.plot(curve.x, scale * values, color=color, linewidth=0.8, alpha=0.55)
         # Counts are often the same: a line is drawn wider where later ones would hide it.
-        extra = 1.6 * sum(_share_a_stretch(rows, later, place) for _, later in lines[number + 1 :])
-        axes.plot(
-            x, y, color=color, linestyle=_dash(series, run), linewidth=2.0 + extra,
-            marker="o" if len(rows) <= 16 else "", markersize=4.0 + extra,
+        extra = 1.6 * sum(_share_a_stretch(curve, later) for later in curves[number + 1 :])
+        (line,) = axes.plot(
+            curve.x, scale * curve.mean, color=color, linestyle=_dash(series, curve.runs[0]), linewidth=2.0 + extra,
+            marker="o" if len(curve.x) <= 16 else "", markersize=4.0 + extra,
         )  # fmt: skip
+        line.set_gid(f"{HOVER}{curve.label}")
 
 
-def _share_a_stretch(one: list[Row], other: list[Row], place: Callable[[Row], float]) -> bool:
+@dataclass(frozen=True)
+class _Curve:
+    """What one group of runs gives: a run with its interval over sentences, or the mean over seeds with their range."""
+
+    label: str
+    runs: list[Run]
+    x: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray | None
+    high: np.ndarray | None
+    each: list[np.ndarray]
+    """Every seed, where there are several."""
+
+
+def _curves(series: Series, lines: Sequence[Line], place: Callable[[Row], float]) -> list[_Curve]:
+    by_name = {run.name: rows for run, rows in lines if rows}
+    curves = []
+    for group in series.groups:
+        runs = [run for run in group.runs if run.name in by_name]
+        if not runs:
+            continue
+        # Replicates are probed at the same places; where one was stopped early the others stop with it.
+        shared = set.intersection(*({place(row) for row in by_name[run.name]} for run in runs))
+        kept = [[row for row in by_name[run.name] if place(row) in shared] for run in runs]
+        x = np.array([place(row) for row in kept[0]])
+        values = np.array([[row.value for row in rows] for rows in kept])
+        low = high = None
+        if len(runs) > 1:
+            low, high = values.min(axis=0), values.max(axis=0)
+        elif all(row.low is not None and row.high is not None for row in kept[0]):
+            low, high = (np.array([getattr(row, end) for row in kept[0]]) for end in ("low", "high"))
+        each = list(values) if len(runs) > 1 else []
+        curves.append(_Curve(group.label, runs, x, values.mean(axis=0), low, high, each))
+    return curves
+
+
+def _share_a_stretch(one: _Curve, other: _Curve) -> bool:
     """Whether two lines coincide from one point to the next."""
-    same = [(place(a), a.value) == (place(b), b.value) for a, b in zip(one, other, strict=False)]
+    pairs = zip(zip(one.x, one.mean, strict=True), zip(other.x, other.mean, strict=True), strict=False)
+    same = [a == b for a, b in pairs]
     return any(here and there for here, there in itertools.pairwise(same))
 
 
@@ -183,12 +227,22 @@ def _layer(row: Row) -> float:
 
 
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.5, 1, 1.5)))
-# Runs that share a fraction share its colour, so the stroke tells them apart.
+# Groups that share a fraction share its colour, so the stroke tells them apart.
+
+
+def stroke(series: Series, run: Run) -> int:
+    """How many groups of the same fraction come before the run's."""
+    same = [group.runs[0].name for group in series.groups if group.runs[0].fraction == run.fraction]
+    return same.index(series.group_of(run).runs[0].name)
 
 
 def _dash(series: Series, run: Run) -> Any:
-    same = [other.name for other in series.runs if other.fraction == run.fraction]
-    return _DASHES[same.index(run.name) % len(_DASHES)]
+    return _DASHES[stroke(series, run) % len(_DASHES)]
+
+
+def _thin(series: Series, run: Run) -> float:
+    """Line width of a run among others of its group."""
+    return 1.6 if len(series.group_of(run).runs) == 1 else 0.9
 
 
 def _token_axis(axes: Axes, series: Series) -> None:

@@ -7,7 +7,7 @@ meaningless (another model size, other languages, other probe sentences) is an e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from megatron_xalign.config import RunConfig
 from megatron_xalign.errors import ConfigError, FormatError, XAlignError
 from megatron_xalign.formats.atomic import read_json
 from megatron_xalign.formats.results import Results, Row, read_results
-from megatron_xalign.formats.run_folder import RunFolder
+from megatron_xalign.formats.run_folder import RunFolder, differing_settings
 from megatron_xalign.report.wording import pair_name, percent
 
 Read = TypeVar("Read")
@@ -25,6 +25,9 @@ Read = TypeVar("Read")
 RETRIEVAL = "retrieval_centred"
 """The retrieval that the answer, the best layer and the alignment table stand on. Each language's mean vector is taken
 off first: in small models it dominates the plain cosine, which then says more about languages than about sentences."""
+
+_OF_A_REPLICATE = {"name", "output_dir", "seed", "data.mixture.seed"}
+"""Settings in which replicates differ."""
 
 REQUIRED_MEASURES = (RETRIEVAL, "cosine_gap", "cka", "ap_count_0.9", "nll_per_token")
 """Without these there is no central picture; every other measure may be left out by the analysis, in all runs alike."""
@@ -35,7 +38,7 @@ _SHAPE = (
 )  # fmt: skip
 """Context entries that must agree before two runs may share a figure."""
 
-MAX_RUNS = 8
+MAX_RUNS = 64
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Run:
     """What ``xalign analyze`` measured."""
     rows: dict[tuple[str, int | None, str], list[Row]] = field(repr=False)
     """``results.rows`` by (measure, layer, subject), each ascending in step."""
+    control: str = ""
+    """Name of the control the run belongs to; empty for the series itself."""
 
     @property
     def fraction(self) -> float:
@@ -111,11 +116,23 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seeds only: what varies between them is training itself."""
+
+    label: str
+    """The parallel fraction, and the control where it is one."""
+    runs: list[Run]
+    """At least one, ascending in seed."""
+
+
+@dataclass(frozen=True)
 class Series:
     """Runs that may be compared, ascending in parallel fraction."""
 
     runs: list[Run]
     """At least one."""
+    groups: list[Group]
+    """The same runs, replicates together."""
     languages: list[str]
     """Codes, in the order of the runs' language ids."""
     probed: list[str]
@@ -152,39 +169,49 @@ class Series:
         """Tokens each run had seen at ``step``."""
         return [next(row.consumed_tokens for row in run.results.rows if row.step == self.step) for run in self.runs]
 
+    def group_of(self, run: Run) -> Group:
+        """The group a run is in."""
+        return next(group for group in self.groups if any(member.name == run.name for member in group.runs))
+
     @property
     def seeds_per_fraction(self) -> int:
         """Fewest runs that share one fraction."""
         fractions = [run.fraction for run in self.runs]
         return min(fractions.count(fraction) for fraction in fractions)
 
+    @property
+    def has_replicates(self) -> bool:
+        """Whether some runs differ in their seeds only."""
+        return any(len(group.runs) > 1 for group in self.groups)
 
-def read_series(folders: Sequence[Path]) -> Series:
+
+def read_series(folders: Sequence[Path], controls: Mapping[str, str] | None = None) -> Series:
     """Read run folders and check that they belong in one picture.
 
     Args:
-        folders: 1 to 8 run folders, each with ``analysis/`` inside.
+        folders: 1 to 64 run folders, each with ``analysis/`` inside.
+        controls: name of the control a run (by name) belongs to, for those that belong to one.
 
     Raises:
         FormatError: a file is missing or unreadable (the message names run, file and the command that makes it), runs
             differ in shape, languages or probe sentences, or no step was analysed in all of them.
-        ConfigError: no folder, or more than 8.
+        ConfigError: no folder, or more than 64.
     """
     if not 1 <= len(folders) <= MAX_RUNS:
         raise ConfigError(f"{len(folders)} run folders given; one report compares 1 to {MAX_RUNS}.")
     pieces = [_read_pieces(Path(folder)) for folder in folders]
     names = _unique_names([(piece.config.name, piece.folder.path) for piece in pieces])
-    fractions = [piece.config.data.mixture.parallel_fraction for piece in pieces]
     runs = [
         Run(
-            name=name,
-            label=percent(fraction, digits=None) + (f" ({name})" if fractions.count(fraction) > 1 else ""),
+            name=name, label=_fraction_label(piece.config, (controls or {}).get(name, "")),
             folder=piece.folder, config=piece.config, facts=piece.facts, audit=piece.audit, metrics=piece.metrics,
-            results=piece.results, rows=_index(piece.results.rows),
+            results=piece.results, rows=_index(piece.results.rows), control=(controls or {}).get(name, ""),
         )
-        for name, fraction, piece in zip(names, fractions, pieces, strict=True)
+        for name, piece in zip(names, pieces, strict=True)
     ]
-    runs.sort(key=lambda run: (run.fraction, run.name))
+    runs.sort(key=lambda run: (run.fraction, run.control, run.config.seed, run.config.data.mixture.seed, run.name))
+    groups = _groups(runs)
+    runs = [run for group in groups for run in group.runs]
     _check_comparable(runs)
     context = runs[0].results.context
     pairs = sorted({subject for measure, _, subject in runs[0].rows if measure == RETRIEVAL})
@@ -197,13 +224,54 @@ def read_series(folders: Sequence[Path]) -> Series:
         )
     languages = list(context["languages"])
     series = Series(
-        runs, languages, list(context.get("probed_languages", languages)), pairs, int(context["num_layers"]),
+        runs, groups, languages, list(context.get("probed_languages", languages)), pairs, int(context["num_layers"]),
         int(context["num_pairs"]), max(common),
     )  # fmt: skip
     for run in runs:
         for pair in pairs:
             run.best_layer(pair, series.step)  # raises if this run lacks the pair
     return series
+
+
+def _fraction_label(config: RunConfig, control: str) -> str:
+    return percent(config.data.mixture.parallel_fraction, digits=None) + (f" {control}" if control else "")
+
+
+def _groups(runs: Sequence[Run]) -> list[Group]:
+    """Replicates together; labels that two groups would share carry the runs' names."""
+    found: list[list[Run]] = []
+    for run in runs:
+        for group in found:
+            if group[0].control == run.control and all(_are_replicates(other.config, run.config) for other in group):
+                group.append(run)
+                break
+        else:
+            found.append([run])
+    shared = [group[0].label for group in found]
+    groups = []
+    for group in found:
+        label = group[0].label
+        if shared.count(label) > 1:
+            label += f" ({group[0].name})"
+        if len(group) > 1:
+            group = [replace(run, label=f"{label}, {_seed_label(run.config)}") for run in group]
+        else:
+            group = [replace(group[0], label=label)]
+        groups.append(Group(label, group))
+    return groups
+
+
+def _seeds(config: RunConfig) -> tuple[int, int]:
+    return config.seed, config.data.mixture.seed
+
+
+def _seed_label(config: RunConfig) -> str:
+    return f"seed {config.seed}" + (f"/{config.data.mixture.seed}" if len(set(_seeds(config))) > 1 else "")
+
+
+def _are_replicates(one: RunConfig, other: RunConfig) -> bool:
+    differing = {text.split(":")[0] for text in differing_settings(one, other)}
+    return _seeds(one) != _seeds(other) and differing <= _OF_A_REPLICATE
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +64,28 @@ def alignment_table(series: Series) -> Table:
                 _number(run.at("cka_permuted", layer, pair, series.step), 3),
             ]
             table.rows.append((run.label, cells))
+    return table
+
+
+_VERDICTS = {"for": Cell("for", "good"), "against": Cell("against", "bad"), "undecided": Cell("undecided", "text")}
+
+
+def claims_table(claims: Sequence[Mapping[str, Any]]) -> Table:
+    """What this series says for or against each claim, and by which test."""
+    table = Table(
+        "Claims, and the evidence of this series", ["claim", "languages", "evidence", "numbers", "by which test"]
+    )
+    for claim in claims:
+        words = [Cell(str(claim[key]), "text") for key in ("pair", "numbers", "test")]
+        cells = [words[0], _VERDICTS[claim["verdict"]], *words[1:]]
+        table.rows.append((str(claim["claim"]), cells))
+    return table
+
+
+def missing_table(missing: Mapping[str, str]) -> Table:
+    """Runs that belong to the series and are not there."""
+    table = Table("Runs that are not on this page", ["run", "why"])
+    table.rows.extend((name, [Cell(why, "text")]) for name, why in missing.items())
     return table
 
 

@@ -12,6 +12,7 @@ between save and load.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import logging
@@ -20,6 +21,7 @@ import platform as python_platform
 import queue
 import random
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,7 +56,8 @@ from megatron_xalign.formats.checkpoint_folder import (
 from megatron_xalign.topology import LocalPart, ObserverState, Ranks
 
 __all__ = [
-    "latest_checkpoint", "load_checkpoint", "load_observer_state", "load_weights", "prune", "save_checkpoint", "unwrap",
+    "UnfinishedSave", "begin_save", "latest_checkpoint", "load_checkpoint", "load_observer_state", "load_weights",
+    "prune", "save_checkpoint", "unwrap",
 ]
 
 EXTRA_KEYS = ("config", "consumed_samples", "tokenizer_sha256", "vocab_size")
@@ -71,7 +74,7 @@ log = logging.getLogger(__name__)
 
 def save_checkpoint(
     folder: str | Path, step: int, model_chunks: Sequence[Any], optimizer: Any, scheduler: Any, ranks: Ranks,
-    extra: dict[str, Any], observers: Mapping[str, ObserverState] | None = None,
+    extra: dict[str, Any], observers: Mapping[str, ObserverState] | None = None, *, with_hashes: bool = True,
 ) -> Path:
     """Write the state after ``step`` optimizer steps. Every process of the job calls it.
 
@@ -85,6 +88,7 @@ def save_checkpoint(
         extra: what else describes the run, JSON-able and the same on every process. ``config`` (the run's config as a
             tree), ``vocab_size`` (before padding), ``tokenizer_sha256`` and ``consumed_samples`` must be there.
         observers: state of observers by name; arrays must be the same on all data-parallel ranks.
+        with_hashes: keep SHA-256 of every file, not only its size.
 
     Returns:
         The checkpoint, ``folder/step-000100``.
@@ -92,6 +96,22 @@ def save_checkpoint(
     Raises:
         CheckpointError: a process could not write its part. What was there before is untouched.
         ValueError: ``extra`` lacks something.
+    """
+    return begin_save(
+        folder, step, model_chunks, optimizer, scheduler, ranks, extra, observers, with_hashes=with_hashes,
+        in_background=False,
+    ).finish()
+
+
+def begin_save(
+    folder: str | Path, step: int, model_chunks: Sequence[Any], optimizer: Any, scheduler: Any, ranks: Ranks,
+    extra: dict[str, Any], observers: Mapping[str, ObserverState] | None = None, *, with_hashes: bool = True,
+    in_background: bool = True,
+) -> UnfinishedSave:
+    """Copy the state after ``step`` steps and begin to write it, in a thread if ``in_background``.
+
+    Training may go on at once: what is written is the state as it was, the same bytes as ``save_checkpoint`` writes.
+    The checkpoint does not exist before ``finish``. Arguments and errors are those of ``save_checkpoint``.
     """
     missing = [key for key in EXTRA_KEYS if key not in extra]
     if missing:
@@ -103,30 +123,121 @@ def save_checkpoint(
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
             partial.mkdir()
-    try:
+    with _removed_on_failure(partial, ranks):
         parts = {
             f"{_OBSERVER}{name}.{array}": part
             for name, (_, parts) in (observers or {}).items()
             for array, part in parts.items()
         }
-        _write_tensors(partial, model_chunks, optimizer, scheduler, ranks, _sharded(parts, ranks))
+        request = _prepare_tensors(partial, model_chunks, optimizer, scheduler, ranks, _sharded(parts, ranks))
         with _together(ranks, f"cannot write random states to {partial}"):
             _write_random_state(_random_state_file(partial, ranks.rank), ranks)
-        ranks.barrier()
-        files = _describe_files(partial, ranks)
-        with _together(ranks, f"cannot complete {final}"):
-            if ranks.rank == 0:
-                values = {name: state[0] for name, state in (observers or {}).items()}
-                manifest = _manifest(step, ranks, _uses_distributed(optimizer), extra, files)
-                write_json(partial / MANIFEST, manifest | {"observers": values})
-                sync_folder(partial)
-                replace_folder(partial, final)
+        values = {name: state[0] for name, state in (observers or {}).items()}
+        manifest = _manifest(step, ranks, _uses_distributed(optimizer), extra) | {"observers": values}
+        return UnfinishedSave(final, partial, request, manifest, ranks, with_hashes, in_background)
+
+
+class UnfinishedSave:
+    """A checkpoint that is being written; made by ``begin_save``."""
+
+    def __init__(
+        self, final: Path, partial: Path, request: Any, manifest: dict[str, Any], ranks: Ranks, with_hashes: bool,
+        in_background: bool,
+    ) -> None:
+        """Begin to write."""
+        self.step: int = manifest["step"]
+        """Finished optimizer steps of the state."""
+        self._final, self._partial, self._ranks, self._manifest = final, partial, ranks, manifest
+        self._with_hashes = with_hashes
+        self._finalize = request.finalize_fns
+        self._described: dict[str, dict[str, Any]] = {}
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+        if in_background:
+            # Daemon: a job that fails meanwhile ends, and what is half written is never used.
+            buckets = _copied(request)
+            self._thread = threading.Thread(target=self._write, args=(request, buckets), daemon=True)
+            self._thread.start()
+        else:
+            self._write(request, None)
+
+    def is_written(self) -> bool:
+        """Whether this process has written its part."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def finish(self) -> Path:
+        """Wait until all is written and give the checkpoint its name. Every process calls it at the same moment.
+
+        Raises:
+            CheckpointError: a process could not write its part.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        partial, ranks = self._partial, self._ranks
+        with _removed_on_failure(partial, ranks):
+            if self._error is not None and not isinstance(self._error, OSError):
+                raise self._error
+            with _together(ranks, f"cannot write {partial}"):
+                if self._error is not None:
+                    raise self._error
+            with _errors_of_core(f"cannot write {partial}"):
+                for finalize in self._finalize:
+                    finalize()
+            with _together(ranks, f"cannot write {partial}"):
+                if ranks.rank == 0:
+                    # Core syncs the others; 0.19 has no common.pt.
+                    for name in (".metadata", "metadata.json", "common.pt"):
+                        if (partial / name).exists():
+                            with (partial / name).open("rb") as file:
+                                os.fsync(file.fileno())
+            ranks.barrier()
+            files = _describe_files(partial, ranks, self._described, self._with_hashes)
+            with _together(ranks, f"cannot complete {self._final}"):
+                if ranks.rank == 0:
+                    write_json(partial / MANIFEST, self._manifest | {"files": files})
+                    sync_folder(partial)
+                    replace_folder(partial, self._final)
+        log.debug("saved %s.", self._final)
+        return self._final
+
+    def _write(self, request: Any, buckets: list[Any] | None) -> None:
+        """Write this process's chunks and describe their files; an error is kept for ``finish``."""
+        if request.async_fn is None:
+            return
+        arguments = list(request.async_fn_args)
+        arguments[1] = buckets if buckets is not None else request.preload_fn()
+        names = [Path(name).name for name, *_ in arguments[1]]
+        try:
+            request.async_fn(*arguments, **request.async_fn_kwargs)
+            self._described = {
+                name: describe_file(self._partial / name, self._with_hashes)
+                for name in names
+                if (self._partial / name).exists()
+            }
+        except Exception as error:
+            self._error = error
+
+
+def _copied(request: Any) -> list[Any]:
+    """A save's tensors in main memory, apart from those that training goes on to change."""
+    if request.async_fn is None:
+        return []
+    return [
+        (path, name, (texts, [(item, tensor.clone() if tensor is given else tensor) for (item, tensor), (_, given) in
+                              zip(tensors, given_tensors, strict=True)]))
+        for (path, name, (texts, tensors)), (_, _, (_, given_tensors)) in
+        zip(request.preload_fn(), request.async_fn_args[1], strict=True)
+    ]
+
+
+@contextmanager
+def _removed_on_failure(partial: Path, ranks: Ranks) -> Iterator[None]:
+    try:
+        yield
     except CheckpointError:
         if ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    log.debug("saved %s.", final)
-    return final
 
 
 def load_checkpoint(
@@ -218,7 +329,7 @@ def load_observer_state(
         return blocks[0] if part.pipeline_axis is None else torch.cat(blocks, part.pipeline_axis)
 
     return values, {
-        array: LocalPart(tensor=whole(array, part), tensor_axis=part.tensor_axis, pipeline_axis=part.pipeline_axis)
+        array: dataclasses.replace(part, tensor=whole(array, part))
         for array, part in wanted.items()
     }
 
@@ -261,9 +372,10 @@ def _together(ranks: Ranks, what: str) -> Iterator[None]:
 # What is written ------------------------------------------------------------------------------------------------------
 
 
-def _write_tensors(
+def _prepare_tensors(
     partial: Path, model_chunks: Sequence[Any], optimizer: Any, scheduler: Any, ranks: Ranks, observed: dict[str, Any]
-) -> None:
+) -> Any:
+    """Let core plan the save and write the small parts; return its request, whose function writes the tensors."""
     from megatron.core import dist_checkpointing
 
     model_state = _model_state(model_chunks)
@@ -274,18 +386,12 @@ def _write_tensors(
     state["scheduler"] = {} if scheduler is None else scheduler.state_dict()
     strategy = dist_checkpointing.serialization.get_default_save_sharded_strategy()
     strategy.thread_count = 1
-    options: dict[str, Any] = {"sharded_strategy": strategy}
+    options: dict[str, Any] = {"sharded_strategy": strategy, "async_sharded_save": True}
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
-        # From 0.19 on; the default needs another package, for a save that we do not make asynchronously.
+        # From 0.19 on; the default needs another package, for processes of its own.
         options["async_strategy"] = "mcore"
     with _errors_of_core(f"cannot write {partial}"), _writing_in_this_process():
-        dist_checkpointing.save(state, str(partial), **options)
-    with _together(ranks, f"cannot write {partial}"):
-        if ranks.rank == 0:
-            for name in (".metadata", "metadata.json", "common.pt"):  # core syncs the others; 0.19 has no common.pt
-                if (partial / name).exists():
-                    with (partial / name).open("rb") as file:
-                        os.fsync(file.fileno())
+        return dist_checkpointing.save(state, str(partial), **options)
 
 
 def _sharded(parts: Mapping[str, LocalPart], ranks: Ranks) -> dict[str, Any]:
@@ -299,13 +405,10 @@ def _sharded(parts: Mapping[str, LocalPart], ranks: Ranks) -> dict[str, Any]:
         blocks = part.tensor.chunk(num_blocks, part.pipeline_axis or 0)
         described[name] = []
         for virtual, block in enumerate(blocks):
-            places = (
-                (part.tensor_axis, ranks.tensor_rank, ranks.tensor_size),
-                (
-                    part.pipeline_axis, virtual * ranks.pipeline_size + ranks.pipeline_rank,
-                    ranks.virtual_size * ranks.pipeline_size,
-                ),
-            )
+            places = [(part.tensor_axis, ranks.tensor_rank, ranks.tensor_size)]
+            if not part.of_stage:
+                number = virtual * ranks.pipeline_size + ranks.pipeline_rank
+                places.append((part.pipeline_axis, number, ranks.virtual_size * ranks.pipeline_size))
             # Ranks that hold the same numbers are replicas, of which the first writes.
             copies = [ranks.data_context_rank, *(rank for axis, rank, _ in places if axis is None)]
             described[name].append(
@@ -357,18 +460,21 @@ def _writing_in_this_process() -> Iterator[None]:
             setattr(writer, name, forking)
 
 
-def _describe_files(partial: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file, each process a share of them; whole on every process."""
-    described: dict[str, dict[str, Any]] = {}
-    with _together(ranks, f"cannot read back {partial}"):
-        names = sorted(path.name for path in partial.iterdir())
-        described = {name: describe_file(partial / name) for name in names[ranks.rank :: ranks.world_size]}
-    shares = [described]
+def _describe_files(
+    partial: Path, ranks: Ranks, own: dict[str, dict[str, Any]], with_hashes: bool
+) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file; each process has described its own, and the first the small ones nobody has."""
+    shares: list[Any] = [own]
     if ranks.world_size > 1:
-        gathered: list[Any] = [None] * ranks.world_size
-        dist.all_gather_object(gathered, described)
-        shares = gathered
-    return {name: facts for share in shares for name, facts in sorted(share.items())}
+        shares = [None] * ranks.world_size
+        dist.all_gather_object(shares, own)
+    described: dict[str, dict[str, Any]] = {name: facts for share in shares for name, facts in share.items()}
+    with _together(ranks, f"cannot read back {partial}"):
+        if ranks.rank == 0:
+            for path in partial.iterdir():
+                if path.name not in described:
+                    described[path.name] = describe_file(path, with_hashes)
+    return dict(sorted(described.items()))
 
 
 def _layout(ranks: Ranks) -> dict[str, int]:
@@ -381,9 +487,7 @@ def _layout(ranks: Ranks) -> dict[str, int]:
     }
 
 
-def _manifest(
-    step: int, ranks: Ranks, use_distributed_optimizer: bool, extra: dict[str, Any], files: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def _manifest(step: int, ranks: Ranks, use_distributed_optimizer: bool, extra: dict[str, Any]) -> dict[str, Any]:
     import megatron.core
 
     return {
@@ -400,7 +504,6 @@ def _manifest(
         "layout": _layout(ranks),
         "use_distributed_optimizer": use_distributed_optimizer,
         "extra": extra,
-        "files": files,
     }
 
 

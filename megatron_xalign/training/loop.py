@@ -18,6 +18,7 @@ from megatron_xalign.progress import progress_bar
 from megatron_xalign.topology import ObserverState, Ranks
 from megatron_xalign.training.forward import forward_backward
 from megatron_xalign.training.guard import LossGuard, Verdict
+from megatron_xalign.training.heartbeat import Heartbeat
 from megatron_xalign.training.metrics import LossSums, append_metrics, truncate_metrics
 from megatron_xalign.training.optimizer import Optimizer
 from megatron_xalign.training.speed import speed_of
@@ -92,6 +93,8 @@ def fit(
     loss_state: LossState | None = None,
     guard: LossGuard | None = None,
     rewind: Callable[[], tuple[int, LossState]] | None = None,
+    heartbeat: Heartbeat | None = None,
+    completed: Callable[[bool], Sequence[tuple[int, Path]]] | None = None,
 ) -> dict[str, Any]:
     """Train from ``start_step`` to the end of the budget, ``config.train_steps`` full batches.
 
@@ -120,6 +123,10 @@ def fit(
             a finite number stops the run.
         rewind: puts weights, optimizer, schedule and observers back to the last checkpoint, for the guard; returns its
             step and loss sums.
+        heartbeat: told where this process is.
+        completed: for saves that go on while training does: steps and paths of those that were completed since the
+            last call, the same on every process; with True it waits for all that are under way. ``save`` then returns
+            when the state is copied. Left out, a save is complete when ``save`` returns.
 
     Returns:
         The last line of metrics; empty if there was nothing left to do.
@@ -139,6 +146,7 @@ def fit(
         truncate_metrics(metrics_path, start_step)
     line: dict[str, Any] = {}
     with ExitStack() as stack:
+        at = stack.enter_context(heartbeat).at if heartbeat is not None else _nowhere
         for observer in observers:
             stack.callback(observer.close)
         stop = stack.enter_context(StopRequest(ranks, config.exit_duration_minutes))
@@ -148,9 +156,10 @@ def fit(
         interval_start, compute_seconds, interval_tokens = time.monotonic(), 0.0, 0
         for step in range(start_step, sizes.num_steps):
             for observer in observers:
-                with _named(observer, "before_step", step):
+                with _named(observer, "before_step", step, at):
                     observer.before_step(step)
             step_start = time.monotonic()
+            at(step, "reading samples")
             batches = [
                 get_batch(sample_numbers(step, microbatch, config, ranks)).to(ranks.device)
                 for microbatch in range(_num_microbatches(step, config, ranks))
@@ -162,8 +171,10 @@ def fit(
                 chunk.zero_grad_buffer()
             optimizer.zero_grad()
             before = losses.copy() if guard is not None else None
+            at(step, "in forward and backward passes")
             forward_backward(model_chunks, batches, current_batch, losses.add, ranks)
             done = step + 1
+            at(step, "moving the weights")
             verdict: Verdict = "go"
             if guard is not None and before is not None:
                 verdict = guard.judge(done, losses.mean_since(before), model_chunks)
@@ -210,8 +221,9 @@ def fit(
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed}", refresh=False)
                 interval_start, compute_seconds, interval_tokens = time.monotonic(), 0.0, 0
             for observer in reversed(observers):
-                with _named(observer, "after_step", done):
+                with _named(observer, "after_step", done, at):
                     observer.after_step(done, metrics)
+            at(done, "ending the step")
             reason = stop.agreed() if done < sizes.num_steps else None
             # What went back must not go back again after a restart, over data that it has passed.
             if done % config.save_interval_steps == 0 or done == sizes.num_steps or reason or verdict == "rewind":
@@ -219,14 +231,17 @@ def fit(
                 watching = observers if guard is None else [*observers, guard]
                 stateful = [observer for observer in watching if isinstance(observer, StatefulObserver)]
                 states = {observer.name: observer.state() for observer in stateful}
+                at(done, "saving", False)
                 path = save(done, loss_sums, states)
                 # A resumed run goes on from the rounded sums of the checkpoint; so does this one, to the same last bit.
                 losses.restore(loss_sums)
                 for keeper in stateful:
                     keeper.restore(states[keeper.name])
-                for observer in observers:
-                    with _named(observer, "after_save", done):
-                        observer.after_save(done, path)
+                if completed is None:
+                    _saved(observers, done, path, at)
+            if completed is not None:
+                for saved, place in completed(bool(reason) or done == sizes.num_steps):
+                    _saved(observers, saved, place, at)
             bar.update(1)
             if reason:
                 raise StoppedEarly(f"stopped after step {done} of {sizes.num_steps} because {reason}; saved {path}.")
@@ -248,6 +263,16 @@ def _go_back(
     log.warning("step %d: back to the weights of step %d; the data of steps %d to %d is left out.",
                 done, saved, saved + 1, done)
     return optimizer.pass_over(sizes.schedule_units(done) - sizes.schedule_units(saved))
+
+
+def _saved(observers: Sequence[Observer], step: int, path: Path, at: Callable[..., None]) -> None:
+    for observer in observers:
+        with _named(observer, "after_save", step, at):
+            observer.after_save(step, path)
+
+
+def _nowhere(step: int, place: str, bounded: bool = True) -> None:
+    """Nobody wants to know."""
 
 
 def sample_numbers(step: int, microbatch: int, config: TrainingConfig, ranks: Ranks) -> list[int]:
@@ -294,8 +319,9 @@ def check_batches(config: TrainingConfig, ranks: Ranks) -> None:
 
 
 @contextmanager
-def _named(observer: Observer, moment: str, step: int) -> Iterator[None]:
+def _named(observer: Observer, moment: str, step: int, at: Callable[..., None]) -> Iterator[None]:
     """Say in an error which observer stopped the run, and when."""
+    at(step, f"in {type(observer).__name__}.{moment}", False)
     try:
         yield
     except Exception as error:

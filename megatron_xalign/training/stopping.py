@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 
+from megatron_xalign import signals
 from megatron_xalign.topology import Ranks
 
 _SIGNALS = {1: signal.SIGUSR1, 2: signal.SIGTERM}
@@ -32,6 +33,8 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         self._started = time.monotonic()
+        if (early := signals.pending()) in _SIGNALS.values():
+            self._hear(early, None)
         # Python hands signals to the main thread only.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._hear) for number in _SIGNALS.values()}
@@ -57,4 +60,5 @@ class StopRequest:
         return f"it received {_SIGNALS[heard].name}"
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        signals.leave_if_the_job_ends(number)
         self._heard = next(code for code, known in _SIGNALS.items() if known == number)

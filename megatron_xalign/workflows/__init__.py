@@ -1,5 +1,10 @@
 """One function per job, readable as a paragraph; the only place where rooms meet."""
 
+from megatron_xalign.workflows.capturing import (
+    capture,
+    describe_capture,
+    look_at_neurons,
+)
 from megatron_xalign.workflows.conversion import (
     CHECK_FILE,
     check_hf,
@@ -9,14 +14,18 @@ from megatron_xalign.workflows.conversion import (
 )
 from megatron_xalign.workflows.study import (
     analyze,
+    is_analysed,
     outcome,
     report,
 )
 from megatron_xalign.workflows.tokens import (
+    corpus_files,
     corpus_languages,
+    input_files,
     join_tasks,
     make_corpus,
     make_pairing,
+    measure_fertility,
     merge,
     plan_preprocessing,
     preprocess,
@@ -41,17 +50,24 @@ __all__ = [
     "CHECK_FILE",
     "analyze",
     "audit_blend",
+    "capture",
     "check_hf",
     "compare_series",
     "convert_from_hf",
     "convert_to_hf",
+    "corpus_files",
     "corpus_languages",
+    "describe_capture",
     "describe_run",
+    "input_files",
+    "is_analysed",
     "is_converted",
     "is_trained",
     "join_tasks",
+    "look_at_neurons",
     "make_corpus",
     "make_pairing",
+    "measure_fertility",
     "merge",
     "outcome",
     "plan_preprocessing",

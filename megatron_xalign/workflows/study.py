@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_xalign.errors import FormatError
 from megatron_xalign.formats.run_folder import RunFolder
 
 
@@ -14,6 +15,23 @@ def analyze(run: Path) -> Any:
     from megatron_xalign.analysis.series import analyze_run
 
     return analyze_run(run)
+
+
+def is_analysed(run: Path) -> bool:
+    """Whether a run's results are of the statistics that are there now; damaged results are not."""
+    from megatron_xalign.formats.neuron_stats import list_neuron_stats
+    from megatron_xalign.formats.results import JSON_NAME, read_results
+
+    folders = list_neuron_stats(run)
+    path = RunFolder(run).analysis / JSON_NAME
+    if not folders or not path.is_file():
+        return False
+    newest = max((folder / "index.json").stat().st_mtime_ns for _, folder in folders)
+    try:
+        steps = read_results(path.parent).context.get("steps")
+    except FormatError:
+        return False
+    return bool(steps == [step for step, _ in folders] and path.stat().st_mtime_ns >= newest)
 
 
 def outcome(run: Path) -> dict[str, float]:
@@ -42,10 +60,21 @@ def report(
     corpus: Path | None = None,
     commands: Sequence[str] | None = None,
     hf: Mapping[str, Path] | None = None,
+    controls: Mapping[str, str] | None = None,
+    missing: Mapping[str, str] | None = None,
 ) -> Path:
-    """Draw a series of runs on one self-contained page; return the page."""
+    """Draw a series of runs on one self-contained page; return the page.
+
+    ``controls`` names the control that a run (by name) belongs to, ``missing`` the runs that should be there and why
+    they are not.
+    """
+    from megatron_xalign.analysis.claims import claims_tree, weigh_claims
     from megatron_xalign.report.page import write_report
 
     if commands is None:
         commands = [" ".join(start["command"]) for run in runs for start in RunFolder(run).facts()["starts"]]
-    return write_report(list(runs), out, title=title, commands=list(commands), corpus=corpus, hf=dict(hf or {}))
+    claims = claims_tree(weigh_claims(runs, controls)) if len(runs) > 1 else []
+    return write_report(
+        list(runs), out, claims=claims, title=title, commands=list(commands), corpus=corpus, hf=dict(hf or {}),
+        controls=dict(controls or {}), missing=dict(missing or {}),
+    )

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xalign.config import DataConfig, RunConfig, to_tree, to_yaml
-from megatron_xalign.errors import ConfigError, CorpusError
+from megatron_xalign.errors import CheckpointError, ConfigError, CorpusError
 from megatron_xalign.formats.atomic import write_json
 from megatron_xalign.formats.run_folder import RunFolder, check_same_run, command_line, start_run
+from megatron_xalign.job_script import check_processes
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def compare_series(config: RunConfig, fractions: Sequence[float]) -> dict[str, A
 
 def train(config: RunConfig) -> Path:
     """Train one model, or continue its training; return its run folder. Every process of the job calls it."""
-    from megatron_xalign import topology
+    from megatron_xalign import launch, topology
     from megatron_xalign.batch import CurrentBatch
     from megatron_xalign.batch_sizes import batch_sizes
     from megatron_xalign.capture.observer import NeuronObserver
@@ -57,16 +58,20 @@ def train(config: RunConfig) -> Path:
     from megatron_xalign.training import checkpoint, loop
     from megatron_xalign.training.forward import build_forward_only
     from megatron_xalign.training.guard import build_guard
+    from megatron_xalign.training.heartbeat import Heartbeat
     from megatron_xalign.training.loading import batches_of
     from megatron_xalign.training.model import build_model, padded_vocab_size
     from megatron_xalign.training.optimizer import build_optimizer
+    from megatron_xalign.training.saver import Saver
     from megatron_xalign.training.sizes import flops_per_token
+    from megatron_xalign.training.trackers import build_trackers
     from megatron_xalign.training.validation import ValidationObserver
 
     tokenizer = Tokenizer.load(_required(config.data.tokenizer, "data.tokenizer"))
     blend = build_blend(config)
     for windows in blend.windows:
         check_same_tokenizer(windows.file.manifest, tokenizer)
+    fingerprint = blend.fingerprint()
     # With budget_rule=add the parallel text makes the run longer than asked.
     training = dataclasses.replace(config.training, train_steps=blend.train_steps)
     sizes = batch_sizes(training)
@@ -111,6 +116,7 @@ def train(config: RunConfig) -> Path:
                 newest, model_chunks, optimizer.megatron, optimizer.scheduler, ranks
             )
             start_step, loss_state = loaded["step"], loaded["extra"]["loss_sums"]
+            check_same_data(newest, loaded["extra"].get("data"), fingerprint, training.allow_changed_data)
             log.info("continuing from %s.", newest)
         current_batch = CurrentBatch()
         forward_only = build_forward_only(model_chunks, ranks, current_batch)
@@ -128,7 +134,7 @@ def train(config: RunConfig) -> Path:
             neurons = NeuronObserver(
                 dataclasses.replace(config, training=training), model_chunks=model_chunks, ranks=ranks,
                 current_batch=current_batch, forward_only=forward_only, probe=probe, languages=blend.languages,
-                eod_id=tokenizer.eod,
+                eod_id=tokenizer.eod, score=_score_functions(),
             )
             if newest is not None:
                 state = checkpoint.load_observer_state(newest, neurons.name, neurons.parts_of, ranks)
@@ -136,6 +142,7 @@ def train(config: RunConfig) -> Path:
                     neurons.restore(state)
             observers.append(neurons)
 
+        saver = Saver(run.checkpoints, training, ranks, model_chunks, optimizer.megatron, optimizer.scheduler)
         guard = build_guard(training, ranks)
         if guard is not None and newest is not None:
             kept = checkpoint.load_observer_state(newest, guard.name, lambda values: {}, ranks)
@@ -143,6 +150,7 @@ def train(config: RunConfig) -> Path:
                 guard.restore(kept)
 
         def rewind() -> tuple[int, loop.LossState]:
+            saver.wait()
             last = checkpoint.latest_checkpoint(run.checkpoints, ranks)
             if last is None:
                 raise ConfigError(
@@ -158,19 +166,19 @@ def train(config: RunConfig) -> Path:
             return found["step"], found["extra"]["loss_sums"]
 
         def save(step: int, loss_sums: loop.LossState, states: dict[str, topology.ObserverState]) -> Path:
-            path = checkpoint.save_checkpoint(
-                run.checkpoints, step, model_chunks, optimizer.megatron, optimizer.scheduler, ranks,
-                {
-                    "config": to_tree(config), "vocab_size": num_ids,
-                    "tokenizer_sha256": tokenizer.sha256, "consumed_samples": sizes.samples_before(step),
-                    "loss_sums": loss_sums,
-                },
-                states,
-            )
-            if config.training.keep_checkpoints and ranks.rank == 0:
-                checkpoint.prune(run.checkpoints, config.training.keep_checkpoints)
-            return path
+            extra = {
+                "config": to_tree(config), "vocab_size": num_ids, "tokenizer_sha256": tokenizer.sha256,
+                "consumed_samples": sizes.samples_before(step), "loss_sums": loss_sums,
+                "data": fingerprint,
+            }
+            return saver.save(step, extra, states)
 
+        if ranks.rank == 0:
+            observers += build_trackers(config, run.path, start_step)
+        heartbeat = Heartbeat(
+            ranks, 0.8 * config.parallel.distributed_timeout_seconds, config.parallel.heartbeat_interval_seconds,
+            launch.end_stuck_job,
+        )
         with batches_of(
             blend, loop.micro_batches(start_step, training, ranks), num_workers=config.data.num_workers,
             prefetch_factor=config.data.prefetch_factor, pin_memory=ranks.device.type == "cuda",
@@ -181,9 +189,35 @@ def train(config: RunConfig) -> Path:
                 parallel_sources=[item.text.name for item in blend.plan.sources if item.text.origin == "parallel"],
                 flops_per_token=flops_per_token(config.model, vocab_size, config.data.seq_length),
                 observers=observers, current_batch=current_batch, start_step=start_step, loss_state=loss_state,
-                guard=guard, rewind=rewind,
+                guard=guard, rewind=rewind, heartbeat=heartbeat,
+                completed=saver.completed if training.async_save else None,
             )
     return run.path
+
+
+def check_same_data(
+    checkpoint: Path, before: dict[str, Any] | None, now: dict[str, Any], allow_changed_data: bool
+) -> None:
+    """Compare the token files a checkpoint was trained on with those that are there now.
+
+    Raises:
+        CheckpointError: they differ, by content and not by place, and that is not allowed.
+    """
+    if before is None or before == now:
+        return
+    names = sorted({*before, *now})
+    differing = [
+        f"{name} ({'is new' if name not in before else 'is gone' if name not in now else 'has another content'})"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+    what = f"{checkpoint} was trained on other token files: {', '.join(differing)}"
+    if not allow_changed_data:
+        raise CheckpointError(
+            f"{what}. Its samples would not be the ones it would have read. Restore the files, start a new run, or go "
+            "on with the changed ones by --set training.allow_changed_data=true."
+        )
+    log.warning("%s; going on as training.allow_changed_data says.", what)
 
 
 def is_trained(config: RunConfig) -> bool:
@@ -210,6 +244,8 @@ def describe_run(config: RunConfig, processes: int | None) -> str:
     from megatron_xalign.training.model import padded_vocab_size
     from megatron_xalign.training.sizes import flops_per_token, memory_by_stage, num_parameters
 
+    if processes is not None:
+        check_processes(config, processes)
     _, table, _ = audit_blend(config)
     layout, training = config.parallel, config.training
     tokenizer = Tokenizer.load(_required(config.data.tokenizer, "data.tokenizer"))
@@ -235,6 +271,19 @@ def describe_run(config: RunConfig, processes: int | None) -> str:
         + f" CP{layout.context_parallel_size} on "
         f"{processes or 'as many as torchrun starts'} process(es), DP{data_size} assumed\n\n"
         f"{terminal.describe_memory(memory)}\n\n{table}"
+    )
+
+
+def _score_functions() -> Any:
+    """The measures that capture logs at every probe."""
+    from megatron_xalign.analysis import neurons, retrieval, similarity
+    from megatron_xalign.capture.scores import ScoreFunctions
+
+    return ScoreFunctions(
+        average_precision=neurons.average_precision,
+        lape_languages=lambda positive_KLF, tokens_K: neurons.lape(positive_KLF, tokens_K).languages_of,
+        cosine_gap=lambda one_PH, other_PH: similarity.cosine(one_PH, other_PH).gap,
+        retrieval=lambda one_PH, other_PH: retrieval.bitext_accuracy(one_PH, other_PH).mean,
     )
 
 

@@ -70,13 +70,58 @@ def test_memory_layout_and_block_borders_do_not_matter(monkeypatch: pytest.Monke
     scores = generator.normal(size=(60, 37)).round(1).astype(np.float32)
     labels = generator.permutation(np.arange(60) < 20)
     expected = sklearn_ap(scores, labels)
-    monkeypatch.setattr(neurons, "_BLOCK_SCORES", 60 * 4)
+    monkeypatch.setattr(neurons, "_CONVERTED_SCORES", 60 * 4)
     spread = np.zeros((120, 74), np.float32)[::2, ::2]
     spread[:] = scores
-    for layout in (scores, np.asfortranarray(scores), spread):
+    # Odd strides, as a field of a record array has them, cannot be read in place.
+    unaligned = np.zeros((60, 37), np.dtype([("pad", np.int8), ("score", np.float32)]))["score"]
+    unaligned[:] = scores
+    for layout in (scores, np.asfortranarray(scores), spread, scores[::-1][::-1], unaligned):
         np.testing.assert_allclose(neurons.average_precision(layout, labels), expected, atol=1e-12)
+        np.testing.assert_allclose(neurons.average_precision(layout, labels, num_threads=3), expected, atol=1e-12)
     np.testing.assert_allclose(neurons.average_precision(scores, labels.astype(int)), expected, atol=1e-12)
     assert neurons.average_precision(scores[:, :0], labels).shape == (0,)
+
+
+def test_one_sort_serves_every_language() -> None:
+    generator = np.random.default_rng(5)
+    language = generator.integers(0, 6, 150)
+    scores = generator.normal(size=(150, 90)).round(1)
+    found = neurons.average_precision_by_language(scores, language, 6)
+    for number in range(6):
+        np.testing.assert_allclose(found[number], sklearn_ap(scores, language == number), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="0 of 150 documents"):
+        neurons.average_precision_by_language(scores, language, 7)
+    with pytest.raises(ValueError, match=r"outside \[0, 5\)"):
+        neurons.average_precision_by_language(scores, language, 5)
+
+
+def test_scores_of_very_different_size_are_ranked_as_by_scikit_learn() -> None:
+    generator = np.random.default_rng(6)
+    scores = (10.0 ** generator.uniform(-30, 30, (300, 8)) * generator.choice([-1, 1], (300, 8))).astype(np.float32)
+    scores[:, 3] = np.repeat(scores[:60, 3], 5)
+    labels = generator.random(300) < 0.5
+    for dtype in (np.float32, np.float64):
+        np.testing.assert_allclose(
+            neurons.average_precision(scores.astype(dtype), labels), sklearn_ap(scores, labels), rtol=0, atol=1e-12
+        )
+
+
+def test_a_neuron_that_is_low_on_the_language_is_found_by_the_signed_variant() -> None:
+    generator = np.random.default_rng(7)
+    labels = np.arange(80) < 30
+    scores = generator.normal(size=(80, 5)).round(1)
+    scores[:, 2] = np.where(labels, -4, 1)
+    found = neurons.signed_average_precision(scores, labels)
+    np.testing.assert_allclose(found.high_N, sklearn_ap(scores, labels), atol=1e-12)
+    np.testing.assert_allclose(found.low_N, sklearn_ap(-scores, labels), atol=1e-12)
+    assert found.best_N[2] == 1.0 and found.sign_N[2] == -1 and found.high_N[2] < 0.5
+
+
+def test_chance_correction_puts_the_prevalence_at_zero_and_a_perfect_neuron_at_one() -> None:
+    np.testing.assert_allclose(neurons.chance_corrected(np.array([0.25, 1.0, 0.625]), 0.25), [0, 1, 0.5])
+    with pytest.raises(ValueError, match="prevalence"):
+        neurons.chance_corrected(np.ones(1), 1.0)
 
 
 def test_bad_scores_and_labels_are_refused_with_their_place() -> None:
@@ -85,8 +130,9 @@ def test_bad_scores_and_labels_are_refused_with_their_place() -> None:
     for bad in (np.nan, np.inf, -np.inf):
         broken = scores.copy()
         broken[2, 1] = bad
-        with pytest.raises(ValueError, match=r"scores_DN\[2, 1\] is -?(nan|inf)"):
-            neurons.average_precision(broken, labels)
+        for dtype in (np.float16, np.float32, np.float64):
+            with pytest.raises(ValueError, match=r"scores_DN\[2, 1\] is -?(nan|inf)"):
+                neurons.average_precision(broken.astype(dtype), labels)
     with pytest.raises(ValueError, match="both groups"):
         neurons.average_precision(scores, np.ones(4, bool))
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
@@ -125,6 +171,40 @@ def test_jaccard_is_that_of_python_sets() -> None:
     assert neurons.jaccard(a, b) == len(set(a) & set(b)) / len(set(a) | set(b)) == 2 / 5
     assert neurons.jaccard(a[:0], a[:0]) == 1.0
     assert neurons.jaccard(a, a[:0]) == 0.0
+
+
+def test_middle_neurons_are_the_slice_around_the_median_of_the_study() -> None:
+    scores = np.random.default_rng(8).random(4001)
+    np.testing.assert_array_equal(neurons.middle_neurons(scores, 1000), np.argsort(scores)[2000 - 500 : 2000 + 500])
+    assert neurons.middle_neurons(np.zeros(6), 2).tolist() == [3, 2]
+    assert sorted(neurons.middle_neurons(scores[:5], 5)) == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="outside"):
+        neurons.middle_neurons(scores, 4002)
+
+
+def test_overlaps_of_sets_are_symmetric_and_random_sets_overlap_as_chance_says() -> None:
+    generator = np.random.default_rng(9)
+    sets = [generator.choice(1000, size, replace=False) for size in (300, 200, 0)]
+    matrix = neurons.jaccard_matrix(sets)
+    np.testing.assert_array_equal(matrix, matrix.T)
+    assert matrix[0, 1] == neurons.jaccard(sets[0], sets[1]) and matrix[2, 2] == 1.0 and matrix[0, 2] == 0.0
+    draws = [
+        neurons.jaccard(generator.choice(1000, 300, replace=False), generator.choice(1000, 200, replace=False))
+        for _ in range(200)
+    ]
+    assert np.mean(draws) == pytest.approx(neurons.chance_jaccard(300, 200, 1000), abs=0.003)
+
+
+def test_halves_agree_on_neurons_that_tell_the_language_and_not_on_noise() -> None:
+    generator = np.random.default_rng(10)
+    pair = np.tile(np.arange(60), 2)
+    labels = np.arange(120) < 60
+    scores = generator.normal(size=(120, 400))
+    assert neurons.split_half_jaccard(scores, labels, 20, pair) < 0.3
+    scores[:60, 100:120] += 6
+    assert neurons.split_half_jaccard(scores, labels, 20, pair) == 1.0
+    with pytest.raises(ValueError, match="unit_D"):
+        neurons.split_half_jaccard(scores, labels, 20, pair[1:])
 
 
 def lape_by_hand(

@@ -67,3 +67,35 @@ def test_silhouette_of_coinciding_points_is_zero_and_needs_two_groups() -> None:
         projection.silhouette(np.eye(6), np.arange(6))
     with pytest.raises(ValueError, match=r"shape \(5,\)"):
         projection.silhouette(np.eye(6), np.arange(5))
+
+
+@pytest.mark.parametrize("width", [4, 90])
+def test_a_linear_probe_is_ridge_classification_on_folds_that_keep_pairs_together(width: int) -> None:
+    from sklearn.linear_model import Ridge
+
+    generator = np.random.default_rng(3)
+    pair, group = np.tile(np.arange(40), 2), np.repeat([0, 1], 40)
+    points = generator.normal(size=(80, width)) + 0.7 * group[:, None] * (np.arange(width) < 3)
+    found = projection.linear_probe(points, group, pair, seed=2)
+    fold = (np.random.default_rng(2).permutation(40) % 5)[pair]
+    scaled = points - points.mean(0)
+    scaled /= np.sqrt(np.square(scaled).mean())
+    right = 0
+    for number in range(5):
+        fit = fold != number
+        model = Ridge(alpha=1e-3 * fit.sum()).fit(scaled[fit], np.eye(2)[group[fit]])
+        right += int((model.predict(scaled[~fit]).argmax(1) == group[~fit]).sum())
+    assert found.accuracy == pytest.approx(right / 80)
+    assert found.chance == 0.5 and len(found.by_fold) == 5
+
+
+def test_a_linear_probe_of_noise_is_at_chance_and_of_far_groups_perfect() -> None:
+    generator = np.random.default_rng(4)
+    group = np.arange(300) % 3
+    noise = generator.normal(size=(300, 8))
+    assert abs(projection.linear_probe(noise, group).accuracy - 1 / 3) < 0.1
+    assert projection.linear_probe(noise + 20 * np.eye(8)[group], group).accuracy == 1.0
+    with pytest.raises(ValueError, match="leaves no sentence of group 7"):
+        projection.linear_probe(noise[:10], np.array([7] + [1] * 9))
+    with pytest.raises(ValueError, match="two of each"):
+        projection.linear_probe(noise, np.zeros(300))

@@ -124,10 +124,11 @@ def test_every_measure_is_there_for_every_step_layer_and_subject(analysed: tuple
     over_pairs = (
         "cosine_translation", "cosine_random", "cosine_gap", "cosine_centred_gap", "cosine_auc", "pwcca",
         "pwcca_permuted", "cka", "cka_permuted", "retrieval", "retrieval_forward", "retrieval_backward",
-        "retrieval_centred", "mexa",
+        "retrieval_centred", "retrieval_csls", "mexa", "pwcca_forward", "pwcca_backward",
     )  # fmt: skip
     over_neurons = (
         "ap_count_0.5", "ap_count_0.75", "ap_count_0.9", "ap_count_0.95", "ap_count_0.99", "ap_null_0.9", "lape_count",
+        "ap_low_count_0.9",
     )  # fmt: skip
     expected = {
         **dict.fromkeys(over_pairs, (residual, pairs)),
@@ -135,8 +136,17 @@ def test_every_measure_is_there_for_every_step_layer_and_subject(analysed: tuple
         "nll_per_token": ({None}, set(LANGUAGES)),
         "bits_per_byte": ({None}, set(LANGUAGES)),
         "silhouette": (residual, {""}),
+        "language_probe": (residual, {""}),
+        "ap_top_jaccard": ({None}, pairs),
+        "ap_top_kept": ({None}, set(LANGUAGES)),
+        "ap_top_split_half": ({None}, set(LANGUAGES)),
     }
-    assert {row.measure for row in results.rows} == set(expected)
+    only_last = {"pwcca_split", "svcca"}
+    assert {row.measure for row in results.rows} == set(expected) | only_last
+    for measure in only_last:
+        assert {(row.step, row.layer, row.subject) for row in results.select(measure=measure)} == {
+            (80, layer, subject) for layer in residual for subject in pairs
+        }
     for measure, (layers, subjects) in expected.items():
         found = {(row.step, row.consumed_tokens, row.layer, row.subject) for row in results.select(measure=measure)}
         assert found == {
@@ -226,6 +236,32 @@ def test_the_film_has_the_axes_of_the_last_step(analysed: tuple[Path, Results]) 
         np.testing.assert_allclose(arrays["pca_explained"][position], axes.explained_ratio_C, rtol=1e-6)
         centred = first[:, position] - first[:, position].mean(0)
         np.testing.assert_allclose(arrays["pca_coordinates"][0, position], centred @ axes.basis_CH.T, atol=1e-5)
+
+
+def test_what_each_sentence_adds_is_kept_for_tests_between_runs(analysed: tuple[Path, Results]) -> None:
+    results = analysed[1]
+    assert results.context["pair_ids"] == [f"pair{number}" for number in range(NUM_PAIRS)]
+    subjects = results.context["language_pairs"]
+    assert subjects == ["ell_Grek-eng_Latn", "ell_Grek-fin_Latn", "eng_Latn-fin_Latn"]
+    gaps, hits, losses = (
+        results.arrays[name] for name in ("sentence_gap", "sentence_retrieval", "sentence_nll")
+    )
+    assert gaps.shape == hits.shape == (3, 3, NUM_LAYERS + 1, NUM_PAIRS) and losses.shape == (3, 3, NUM_PAIRS)
+    for at, step in enumerate((0, 50, 80)):
+        for number, subject in enumerate(subjects):
+            for layer in (-1, 0, 1):
+                own = gaps[at, number, layer + 1].mean(), hits[at, number, layer + 1].mean() / 2
+                assert own[0] == pytest.approx(value(results, "cosine_gap", layer, subject, step), abs=1e-6)
+                assert own[1] == pytest.approx(value(results, "retrieval_centred", layer, subject, step))
+        stats = read_neuron_stats(stats_folder(analysed[0], step))
+        np.testing.assert_allclose(losses[at, 2], stats.probe_nll_D[stats.rows("fin_Latn")], rtol=1e-6)
+
+
+def test_best_neurons_of_the_last_step_are_all_kept(analysed: tuple[Path, Results]) -> None:
+    results = analysed[1]
+    assert results.context["top_neurons"] == 1
+    for language in LANGUAGES:
+        assert value(results, "ap_top_kept", None, language, 80) == 1.0
 
 
 def test_the_context_says_what_chance_is(analysed: tuple[Path, Results]) -> None:
@@ -332,12 +368,12 @@ def test_values_that_are_not_finite_and_constant_layers_are_named_with_step_and_
         analyze_run(run, OPTIONS)
     residual[:, 1] = 0.25
     write_step(run, 50, probe_residual_mean_DMH=residual)
-    with pytest.raises(FormatError, match=r"step-000050, layer 0, ell_Grek-eng_Latn: .*same for all 20 sentences"):
+    with pytest.raises(FormatError, match=r"step-000050, layer 0, .*same for all 60 sentences"):
         analyze_run(run, OPTIONS)
     scores = stats.probe_neuron_mean_DLF.copy()
     scores[0, 1, 3] = np.inf
     write_step(run, 50, probe_neuron_mean_DLF=scores)
-    with pytest.raises(FormatError, match=r"step-000050, layer 1, ell_Grek: scores_DN\[0, 3\] is inf"):
+    with pytest.raises(FormatError, match=r"step-000050, layer 1, ell_Grek, .*fin_Latn: scores_DN\[0, 3\] is inf"):
         analyze_run(run, OPTIONS)
     loss = stats.probe_nll_D.copy()
     loss[1] = np.nan
@@ -351,4 +387,22 @@ def test_too_few_pairs_are_refused(tmp_path: Path) -> None:
     pairs = tuple(f"pair{number}" for number in range(3 * NUM_PAIRS))
     write_step(run, 0, document_pairs=pairs)
     with pytest.raises(FormatError, match=r"step-000000 has 0 probe pairs .*ell_Grek, eng_Latn, fin_Latn.* at least 4"):
+        analyze_run(run, OPTIONS)
+
+
+def test_pairs_without_a_sentence_in_one_language_are_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    stats = read_neuron_stats(stats_folder(run, 80))
+    pairs = list(stats.index.document_pairs)
+    pairs[5] = "elsewhere"
+    for step in (0, 50, 80):
+        write_step(run, step, document_pairs=tuple(pairs))
+    with pytest.raises(FormatError, match=r"step-000080: 2 of 21 probe pairs .* pair1, which has none in fin_Latn"):
+        analyze_run(run, OPTIONS)
+
+
+def test_a_language_missing_at_one_step_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_step(run, 50, languages=LANGUAGES[:2])
+    with pytest.raises(FormatError, match=r"step-000050 and .*step-000080 differ in languages"):
         analyze_run(run, OPTIONS)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_xalign.analysis import resampling, similarity
+from megatron_xalign.analysis.moments import PairMoments
 
 
 def related(
@@ -157,8 +158,15 @@ def test_a_repeated_feature_and_a_constant_one_change_the_rank_and_not_the_corre
     deficient = similarity.pwcca(wider, acts_b)
     assert (deficient.rank_a, deficient.rank_b) == (12, 12)
     np.testing.assert_allclose(deficient.coefficients, plain.coefficients, atol=1e-9)
-    with pytest.raises(ValueError, match="rank-deficient"):
-        similarity.pwcca(wider, acts_b, mode="svcca")
+    assert deficient.rank_deficient and not plain.rank_deficient
+    for sides in ((wider, acts_b), (acts_b, wider), (wider, wider)):
+        reported = similarity.pwcca(*sides, mode="svcca")
+        assert 0 < reported.value <= 1 + 1e-9 and reported.rank_deficient
+        assert (reported.rank_a, reported.rank_b) == (12, 12)
+        assert len(reported.coefficients) == len(reported.weights) == 12
+    np.testing.assert_allclose(
+        similarity.pwcca(wider, acts_b, mode="svcca").coefficients, plain.coefficients, atol=1e-6
+    )
     assert 0 < similarity.pwcca(wider, acts_b, mode="svcca", epsilon=1e-5).value < 1
 
 
@@ -193,6 +201,86 @@ def test_the_baseline_report_holds_both_directions_and_the_floor() -> None:
         shuffled += [similarity.pwcca(acts_a, other).value, similarity.pwcca(other, acts_a).value]
     assert report.permuted == pytest.approx(np.mean(shuffled), abs=1e-12)
     assert report.permuted < report.mean
+
+
+@pytest.mark.parametrize("width", [40, 600])
+def test_a_large_representation_has_the_value_of_the_published_formula(width: int) -> None:
+    # Beyond 512 features another route is taken.
+    acts_a, acts_b = related(22, num=3 * width, width_a=width, width_b=width, shared=width // 2, shift=20.0)
+    found = similarity.pwcca(acts_a, acts_b)
+    left_a, size_a, axes_a = np.linalg.svd(acts_a - acts_a.mean(0), full_matrices=False)
+    left_b = np.linalg.svd(acts_b - acts_b.mean(0), full_matrices=False)[0]
+    turned, rho, _ = np.linalg.svd(left_a.T @ left_b)
+    weights = np.abs((turned.T * size_a) @ axes_a).sum(1)
+    assert found.value == pytest.approx(weights @ rho / weights.sum(), abs=1e-9)
+    np.testing.assert_allclose(found.coefficients, rho, atol=1e-7)
+
+
+def test_moments_of_blocks_and_of_processes_add_up_to_the_value_of_all_sentences() -> None:
+    acts_a, acts_b = related(23, num=400, width_a=9, width_b=14, shift=50.0)
+    whole = PairMoments(9, 14)
+    whole.update(acts_a, acts_b)
+    parts = [PairMoments(9, 14) for _ in range(3)]
+    for start in range(0, 400, 37):
+        parts[start % 3].update(acts_a[start : start + 37].astype(np.float64), acts_b[start : start + 37])
+    total = PairMoments(9, 14)
+    for part in parts:
+        total.merge(PairMoments.from_state(part.state()))
+    assert total.num_sentences == 400
+    for mode in ("definition", "svcca"):
+        expected = similarity.pwcca(acts_a, acts_b, mode=mode)
+        for moments in (whole, total):
+            found = similarity.pwcca_from_moments(moments, mode)
+            assert found.value == pytest.approx(expected.value, abs=1e-9)
+            assert (found.rank_a, found.rank_b) == (expected.rank_a, expected.rank_b)
+    assert similarity.cka_from_moments(total) == pytest.approx(similarity.linear_cka(acts_a, acts_b), abs=1e-12)
+    consumed = similarity.pwcca_from_moments(whole, consume=True)
+    assert consumed.value == pytest.approx(similarity.pwcca(acts_a, acts_b).value, abs=1e-12)
+
+
+def test_a_large_common_vector_costs_the_moments_no_digits() -> None:
+    acts_a, acts_b = related(24, num=300)
+    plain = similarity.pwcca(acts_a, acts_b).value
+    moments = PairMoments(12, 12)
+    for start in range(0, 300, 50):
+        moments.update(acts_a[start : start + 50] + 1e6, acts_b[start : start + 50] - 1e6)
+    assert similarity.pwcca_from_moments(moments).value == pytest.approx(plain, abs=1e-8)
+
+
+def test_moments_refuse_what_does_not_fit_and_keep_what_they_have() -> None:
+    acts_a, acts_b = related(25)
+    moments = PairMoments(12, 12)
+    moments.update(acts_a, acts_b)
+    with pytest.raises(ValueError, match="acts_b_DH has 11 features"):
+        moments.update(acts_a, acts_b[:, 1:])
+    with pytest.raises(ValueError, match="119 sentences"):
+        moments.update(acts_a[1:], acts_b)
+    broken = acts_a.copy()
+    broken[3, 3] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        moments.update(broken, acts_b)
+    with pytest.raises(ValueError, match="do not add"):
+        moments.merge(PairMoments(12, 13))
+    assert similarity.pwcca_from_moments(moments).value == similarity.pwcca(acts_a, acts_b).value
+    with pytest.raises(ValueError, match="two are needed"):
+        similarity.pwcca_from_moments(PairMoments(3, 3))
+    constant = PairMoments(2, 2)
+    constant.update(np.ones((5, 2)), np.ones((5, 2)))
+    with pytest.raises(ValueError, match="same for all 5"):
+        similarity.pwcca_from_moments(constant)
+    with pytest.raises(ValueError, match="split needs the sentences"):
+        similarity.pwcca_from_moments(moments, "split")  # type: ignore[arg-type]
+
+
+def test_moments_made_by_torch_are_those_of_blas() -> None:
+    acts_a, acts_b = related(26, width_b=7)
+    blas, other = PairMoments(12, 7, "cpu"), PairMoments(12, 7, "cpu:0")
+    for moments in (blas, other):
+        moments.update(acts_a, acts_b)
+    expected, found = blas.scatter(), other.scatter()
+    np.testing.assert_allclose(np.tril(found.aa_HH), expected.aa_HH, atol=1e-10)
+    np.testing.assert_allclose(found.ab_HH, expected.ab_HH, atol=1e-10)
+    assert similarity.pwcca_from_moments(other).value == pytest.approx(similarity.pwcca_from_moments(blas).value)
 
 
 # --- SVCCA ---------------------------------------------------------------------------------------------------------
@@ -270,6 +358,34 @@ def test_cka_ignores_rotation_scale_and_shift() -> None:
         moved = similarity.linear_cka(1e6 * acts_a @ rotation(4, 12) + 5, 1e-6 * acts_b, debiased)
         assert moved == pytest.approx(plain, abs=1e-9)
         assert similarity.linear_cka(acts_a, acts_a, debiased) == pytest.approx(1)
+
+
+def test_minibatch_cka_averages_unbiased_hsic_and_not_the_ratio() -> None:
+    acts_a, acts_b = related(27, num=90, width_a=12, width_b=7)
+    cka, sums = similarity.MinibatchCka(), np.zeros(3)
+    for start in range(0, 90, 30):
+        one, two = acts_a[start : start + 30], acts_b[start : start + 30]
+        cka.update(one, two)
+        grams = one @ one.T, two @ two.T
+        sums += [hsic_1(*grams), hsic_1(grams[0], grams[0]), hsic_1(grams[1], grams[1])]
+    assert cka.value == pytest.approx(sums[0] / np.sqrt(sums[1] * sums[2]), abs=1e-10)
+    single = similarity.MinibatchCka()
+    single.update(acts_a, acts_b)
+    assert single.value == pytest.approx(similarity.linear_cka(acts_a, acts_b, debiased=True), abs=1e-10)
+    single.merge(cka)
+    assert single.num_batches == 4
+    with pytest.raises(ValueError, match="0 batches"):
+        similarity.MinibatchCka().value  # noqa: B018
+
+
+def test_sentence_gaps_average_to_the_gap_and_percentiles_are_of_the_translations() -> None:
+    acts_a, acts_b = related(28, shift=2.0)
+    for centred in (False, True):
+        found = similarity.cosine(acts_a, acts_b, centred)
+        gaps = similarity.sentence_gaps(acts_a, acts_b, centred)
+        assert gaps.mean() == pytest.approx(found.gap, abs=1e-13)
+    cosines = np.array([x @ y / np.sqrt(x @ x * (y @ y)) for x, y in zip(acts_a, acts_b, strict=True)])
+    np.testing.assert_allclose(similarity.cosine(acts_a, acts_b).percentiles([0, 0.5]), np.quantile(cosines, [0, 0.5]))
 
 
 def test_permuted_cka_is_the_mean_over_shuffled_pairs() -> None:

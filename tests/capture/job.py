@@ -3,16 +3,22 @@
     job.py FOLDER SCENARIO_JSON...
 
 A scenario is ``{"name", "tensor", "pipeline", "sequence_parallel", "recompute", "micro_batch", "capture", "naive",
-"resume_at", "stop_at", "checkpoint"}``; each leaves ``FOLDER/NAME/`` with the run's ``neurons/`` and, of the first
-process, ``outcome.npz``. ``stop_at`` ends a run in the middle of a window with a checkpoint in ``FOLDER/CHECKPOINT``,
-and a run with ``checkpoint`` and no ``stop_at`` goes on from there, on any layout. ``naive`` collects raw activations
-with hooks of its own, the oracle of the others.
+"resume_at", "stop_at", "checkpoint", "layers", "on_error", "fail", "intervene", "durable", "kill"}``; each leaves
+``FOLDER/NAME/`` with the run's ``neurons/`` and, of the first process, ``outcome.npz``. ``stop_at`` ends a run in the
+middle of a window with a checkpoint in ``FOLDER/CHECKPOINT``, and a run with ``checkpoint`` and no ``stop_at`` goes
+on from there, on any layout. ``durable`` saves after every step and goes on from the newest checkpoint; ``kill`` ends
+it with SIGKILL in step 2: ``shard`` (half of the statistics written), ``statistics`` (all, no checkpoint yet) or
+``checkpoint`` (both). ``fail`` makes capture fail in one process, in a hook or in writing. ``intervene`` leaves
+losses of the trained model with neurons and residual stream changed, in ``intervened.npz`` of the process that has
+the losses. ``naive`` collects raw activations with hooks of its own, the oracle of the others.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +31,7 @@ from megatron_xalign.batch import CurrentBatch, collate
 from megatron_xalign.capture.observer import NeuronObserver
 from megatron_xalign.capture.probe import ProbeSentence
 from megatron_xalign.config import RunConfig, from_tree
+from megatron_xalign.workflows.training import _score_functions
 
 LANGUAGES = ("eng_Latn", "fin_Latn")
 LAYERS, HIDDEN, FFN, VOCAB, LENGTH, GLOBAL_BATCH, STEPS, EOD = 2, 32, 48, 64, 16, 8, 3, 0
@@ -73,10 +80,18 @@ def configure(folder: Path, scenario: dict[str, Any]) -> RunConfig:
             "data": {"seq_length": LENGTH},
             "training": {
                 "train_steps": STEPS, "global_batch_size": GLOBAL_BATCH, "micro_batch_size": scenario["micro_batch"],
-                "recompute": scenario.get("recompute", "none"), "save_interval_steps": 2,
+                "recompute": scenario.get("recompute", "none"),
+                "save_interval_steps": 1 if scenario.get("durable") else 2,
             },
             # Files at steps 0, 2 and 3: the interval and the last step.
-            "capture": {"probe_interval_steps": 2, "probe_batch_tokens": 48},
+            "capture": {
+                "probe_interval_steps": 2, "probe_batch_tokens": 48, "stream_residual": True, "stream_attention": True,
+                "sample": {
+                    "neurons": {"0": [1, 47], "1": [30, 2]} if "layers" not in scenario else {"1": [30, 2]},
+                    "tokens_per_language": 6, "top": 4, "context_tokens": 3,
+                },
+                "layers": scenario.get("layers"), "on_error": scenario.get("on_error", "stop"),
+            },
         },
     )
 
@@ -92,6 +107,7 @@ class Naive:
         for layer in inner.decoder.layers:
             number = layer.layer_number - 1
             self.watch(layer.mlp.linear_fc1, f"fc1_{number}")
+            self.watch(layer.self_attention, f"attention{number}")
             layer.mlp.linear_fc2.register_forward_pre_hook(
                 lambda module, args, name=f"act{number}": self.keep(name, args[0])
             )
@@ -140,6 +156,75 @@ class Naive:
             self.outcome[f"probe{step}_{name}"] = np.concatenate(without_eod)
 
 
+def break_capture(observer: NeuronObserver, ranks: topology.Ranks, where: str | None) -> None:
+    """Let one process fail after the first step: in the hook of its last layer, or when it writes its shard."""
+    if ranks.rank != ranks.world_size - 1 or where is None:
+        return
+    if where == "hook":
+        take = observer._sums.take_neurons
+
+        def fail(row: int, *arguments: Any) -> None:
+            take(row, *arguments)
+            raise ArithmeticError("made to fail in a hook")
+
+        observer._sums.take_neurons = fail
+    else:
+        from megatron_xalign.capture import writing
+
+        def fail_to_write(*arguments: Any) -> None:
+            raise OSError("made to fail in writing")
+
+        if observer._ranks.data_rank == 0:
+            writing.write_shard = fail_to_write
+
+
+def die_in_writing(step: int) -> None:
+    from megatron_xalign.capture import writing
+
+    finish = writing.finish_neuron_stats
+
+    def finish_or_die(folder: Path, index: Any, entries: Any) -> Path:
+        if index.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return finish(folder, index, entries)
+
+    writing.finish_neuron_stats = finish_or_die
+
+
+def intervene(chunks: Any, ranks: topology.Ranks, forward_only: Any, folder: Path) -> None:
+    from contextlib import ExitStack
+
+    from megatron_xalign.capture import interventions
+    from megatron_xalign.capture.hook_points import megatron_points
+
+    points, batch = megatron_points(chunks, ranks), collate([sample(number) for number in range(4)])
+    vector = np.random.default_rng(9).normal(size=HIDDEN).astype(np.float32)
+    # Neurons on both tensor-parallel ranks, layers on both stages.
+    neurons = {0: [1, FFN - 1, 30], 1: list(range(0, FFN, 5))}
+    cases = {
+        "plain": [],
+        "zero": [interventions.zero_neurons(points, neurons)],
+        "scale": [interventions.scale_neurons(points, neurons, -3.0)],
+        "clamp": [interventions.clamp_neurons(points, neurons, 0.5, 0.5)],
+        "add": [interventions.add_to_residual(points, {-1: vector, 0: -2 * vector, 1: vector}, 0.5)],
+        "add and keep": [interventions.add_to_residual(points, {0: vector}, 2.0, keep_norm=True)],
+        "both": [
+            interventions.zero_neurons(points, neurons), interventions.add_to_residual(points, {0: vector}),
+        ],
+        "plain again": [],
+    }
+    found = {}
+    for name, blocks in cases.items():
+        with ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(block)
+            losses = forward_only([batch])
+        if losses is not None:
+            found[name] = losses[0].numpy()
+    if found and ranks.tensor_rank == 0 and ranks.data_rank == 0:
+        np.savez(folder / "intervened.npz", **found)
+
+
 def run(config: RunConfig, ranks: topology.Ranks, scenario: dict[str, Any]) -> None:
     from megatron_xalign.training import checkpoint
     from megatron_xalign.training.forward import build_forward_only
@@ -162,12 +247,17 @@ def run(config: RunConfig, ranks: topology.Ranks, scenario: dict[str, Any]) -> N
 
     def save(step: int, sums: Any, observed: dict[str, topology.ObserverState]) -> Path:
         states.update(observed)
-        if "stop_at" not in scenario:
+        if "stop_at" not in scenario and not scenario.get("durable"):
             return folder
+        if step == 2 and scenario.get("kill") == "statistics":
+            os.kill(os.getpid(), signal.SIGKILL)
         extra = {"config": {}, "vocab_size": VOCAB, "tokenizer_sha256": "", "consumed_samples": 0}
-        return checkpoint.save_checkpoint(
+        path = checkpoint.save_checkpoint(
             checkpoints, step, chunks, optimizer.megatron, optimizer.scheduler, ranks, extra, observed
         )
+        if step == 2 and scenario.get("kill") == "checkpoint":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return path
 
     def fit_until(start_step: int, stop_step: int) -> None:
         observers: list[Any] = []
@@ -176,15 +266,16 @@ def run(config: RunConfig, ranks: topology.Ranks, scenario: dict[str, Any]) -> N
             observers.append(
                 NeuronObserver(
                     config, model_chunks=chunks, ranks=ranks, current_batch=current, forward_only=forward_only,
-                    probe=probe(), languages=LANGUAGES, eod_id=EOD,
+                    probe=probe(), languages=LANGUAGES, eod_id=EOD, score=_score_functions(),
                 )
             )
-            if start_step and "checkpoint" in scenario:
+            if start_step and ("checkpoint" in scenario or scenario.get("durable")):
                 watcher = observers[0]
                 newest = checkpoint.latest_checkpoint(checkpoints, ranks)
                 watcher.restore(checkpoint.load_observer_state(newest, watcher.name, watcher.parts_of, ranks))
             elif start_step:
                 observers[0].restore(states["neurons"])
+            break_capture(observers[0], ranks, scenario.get("fail"))
         if scenario.get("naive"):
             observers.append(Naive(chunks[0], outcome))
         line = fit(
@@ -198,6 +289,13 @@ def run(config: RunConfig, ranks: topology.Ranks, scenario: dict[str, Any]) -> N
     resume_at = scenario.get("resume_at", 0)
     if "stop_at" in scenario:
         fit_until(0, scenario["stop_at"])
+    elif scenario.get("durable"):
+        if scenario.get("kill") == "shard":
+            die_in_writing(step=2)
+        newest, start = checkpoint.latest_checkpoint(checkpoints, ranks), 0
+        if newest is not None:
+            start = checkpoint.load_checkpoint(newest, chunks, optimizer.megatron, optimizer.scheduler, ranks)["step"]
+        fit_until(start, STEPS)
     elif "checkpoint" in scenario:
         newest = checkpoint.latest_checkpoint(checkpoints, ranks)
         found = checkpoint.load_checkpoint(newest, chunks, optimizer.megatron, optimizer.scheduler, ranks)
@@ -206,6 +304,8 @@ def run(config: RunConfig, ranks: topology.Ranks, scenario: dict[str, Any]) -> N
         if resume_at:
             fit_until(0, resume_at)
         fit_until(resume_at, STEPS)
+    if scenario.get("intervene"):
+        intervene(chunks, ranks, build_forward_only(chunks, ranks, current), folder)
     outcome["hooks"] = np.array(
         sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for chunk in chunks for m in chunk.modules())
     )

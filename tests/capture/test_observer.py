@@ -1,20 +1,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from plain_model import LENGTH, ONE_PROCESS, VOCAB, Model, make_batches, train_on
+from plain_model import FFN, LAYERS, LENGTH, ONE_PROCESS, VOCAB, Model, make_batches, train_on
+from sklearn.metrics import average_precision_score
 
+from megatron_xalign.analysis.neurons import lape
 from megatron_xalign.batch import Batch, CurrentBatch
 from megatron_xalign.capture.observer import NeuronObserver
 from megatron_xalign.capture.probe import ProbeSentence
 from megatron_xalign.config import CaptureConfig, DataConfig, RunConfig, TrainingConfig
 from megatron_xalign.errors import ConfigError, FormatError, XAlignError
 from megatron_xalign.formats.neuron_stats import list_neuron_stats, read_neuron_stats
+from megatron_xalign.workflows.training import _score_functions
 
 LANGUAGES = ("eng_Latn", "fin_Latn")
 SENTENCES = [
@@ -24,8 +28,9 @@ SENTENCES = [
 
 
 def run(
-    folder: Path, steps: int, probe: list[ProbeSentence] = SENTENCES, model: Model | None = None, **capture: Any
-) -> None:
+    folder: Path, steps: int, probe: list[ProbeSentence] = SENTENCES, model: Model | None = None, score: Any = None,
+    **capture: Any,
+) -> list[dict[str, Any]]:
     """A training loop in small: two micro-batches of 2 samples a step, the weights doubled at each."""
     config = RunConfig(
         output_dir=str(folder), capture=CaptureConfig(**capture), data=DataConfig(seq_length=LENGTH),
@@ -45,17 +50,30 @@ def run(
 
     observer = NeuronObserver(
         config, model_chunks=[model], ranks=ONE_PROCESS, current_batch=current, forward_only=forward_only, probe=probe,
-        languages=LANGUAGES, eod_id=0,
+        languages=LANGUAGES, eod_id=0, score=score,
     )
+    heard: list[dict[str, Any]] = []
     try:
         for step in range(steps):
             observer.before_step(step)
             train_on(model, make_batches(step + 1, [2, 2]), current)
             with torch.no_grad():
                 model.embedding.weight *= 2
-            observer.after_step(step + 1, {})
+            heard.append({"step": step + 1})
+            observer.after_step(step + 1, heard[-1])
     finally:
         observer.close()
+    return heard
+
+
+class Failing:
+    """Stands in for the measures of analysis."""
+
+    def __getattr__(self, name: str) -> Any:
+        def fail(*arguments: Any) -> None:
+            raise ArithmeticError(f"{name} was made to fail")
+
+        return fail
 
 
 def tokens_of(step: int) -> np.ndarray:
@@ -117,3 +135,69 @@ def test_another_probe_has_another_identity_in_the_file(tmp_path: Path) -> None:
         run(tmp_path / name, steps=1, probe=probe, stream=False)
         digests.append(read_neuron_stats(tmp_path / name / "neurons" / "step-000001").index.probe_sha256)
     assert digests[0] == digests[1] != digests[2]
+
+
+def many_sentences(pairs: int = 8) -> list[ProbeSentence]:
+    rng = np.random.default_rng(8)
+    sentences = [
+        ProbeSentence(f"p{pair}", language, rng.integers(1, VOCAB, rng.integers(1, LENGTH)), 9)
+        for pair in range(pairs)
+        for language in LANGUAGES
+    ]
+    del sentences[4]  # pair 2 has no English side
+    return sentences
+
+
+def test_scores_of_every_probe_are_those_of_the_statistics_written(tmp_path: Path) -> None:
+    heard = run(
+        tmp_path, steps=4, probe=many_sentences(), score=_score_functions(), probe_interval_steps=2, stream=False
+    )
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    for line in lines:
+        stats = read_neuron_stats(tmp_path / "neurons" / f"step-{line['step']:06d}")
+        acts_PLF = [stats.probe_neurons(language) for language in LANGUAGES]
+        scores = np.concatenate(acts_PLF).reshape(14, -1)
+        for k, language in enumerate(LANGUAGES):
+            in_language = np.arange(14) // 7 == k
+            own_N = [average_precision_score(in_language, column) >= 0.9 for column in scores.T]
+            counts_L = np.sum(np.reshape(own_N, (LAYERS, FFN)), axis=1)
+            assert line["ap_count_0.9"][language] == {"all": counts_L.sum(), "layers": counts_L.tolist()}
+        found = lape(stats.probe_gate_positive_KLF, stats.probe_tokens_K).languages_of
+        assert [line["lape_count"][code]["layers"] for code in LANGUAGES] == found.sum(2).tolist()
+        english, finnish = (stats.probe_residual(language).astype(float) for language in LANGUAGES)
+        for row in range(LAYERS + 1):
+            unit = [a[:, row] / np.linalg.norm(a[:, row], axis=1, keepdims=True) for a in (english, finnish)]
+            cosines = unit[0] @ unit[1].T
+            gap = np.trace(cosines) / 7 - cosines.mean()
+            assert line["cosine_gap"]["eng_Latn-fin_Latn"]["layers"][row] == pytest.approx(gap, abs=1e-9)
+            hits = [(cosines.argmax(axis) == np.arange(7)).mean() for axis in (0, 1)]
+            assert line["retrieval"]["eng_Latn-fin_Latn"]["layers"][row] == pytest.approx(np.mean(hits))
+    assert [item.get("scores", {}).keys() == lines[0].keys() - {"step", "consumed_tokens"} for item in heard] == [
+        False, True, False, True,
+    ]
+
+
+def test_scores_done_again_replace_those_of_a_killed_run(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"probe": many_sentences(), "score": _score_functions(), "probe_interval_steps": 1}
+    run(tmp_path, steps=3, **common)
+    path = tmp_path / "scores.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"step": 4, "ap_co')
+    run(tmp_path, steps=3, **common)
+    assert path.read_text() == whole
+
+
+def test_a_failing_observer_stops_the_run_or_is_switched_off_by_choice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    common: dict[str, Any] = {"steps": 3, "probe": many_sentences(), "score": Failing(), "probe_interval_steps": 1}
+    with pytest.raises(ArithmeticError, match="made to fail"):
+        run(tmp_path / "stop", **common)
+    model = Model()
+    heard = run(tmp_path / "off", model=model, on_error="disable", **common)
+    assert len(heard) == 3 and "capture is off" not in heard[-1]
+    assert "off for the rest of this run" in caplog.text and "made to fail" in caplog.text
+    assert caplog.text.count("off for the rest") == 1
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert list_neuron_stats(tmp_path / "off") == []

@@ -210,7 +210,8 @@ JOB = """
 
     def build():
         print("building", flush=True)
-        time.sleep(seconds)
+        # A negative time: until this process is asked to end.
+        time.sleep(seconds) if seconds >= 0 else sys.stdin.read()
         return {"a": np.arange(100_000)}
 
     arrays = IndexCache(folder, wait).arrays("starts", {"seed": 1}, build)
@@ -221,12 +222,12 @@ JOB = """
 def start(folder: Path, seconds: float, wait: float = 60.0) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(JOB), str(folder), str(seconds), str(wait)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
 def finish(job: subprocess.Popen[str]) -> str:
-    out, errors = job.communicate(timeout=60)
+    out, errors = job.communicate(timeout=300)
     assert job.returncode == 0, errors
     assert "sum 4999950000" in out
     return out
@@ -245,7 +246,7 @@ def test_on_disks_of_their_own_each_builds(tmp_path: Path) -> None:
 
 
 def test_who_waited_too_long_builds_without_keeping(tmp_path: Path) -> None:
-    first = start(tmp_path, 3.0)
+    first = start(tmp_path, -1)
     assert first.stdout is not None
     assert first.stdout.readline() == "building\n"
     second = finish(start(tmp_path, 0.0, wait=0.3))
@@ -261,7 +262,7 @@ def test_a_killed_builder_holds_nobody_up_and_leaves_nothing(tmp_path: Path) -> 
     waiting = start(tmp_path, 0.0)
     time.sleep(0.3)
     first.send_signal(signal.SIGKILL)
-    first.communicate(timeout=60)
+    first.communicate(timeout=300)
     assert "building" in finish(waiting)
     assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["starts"]
 

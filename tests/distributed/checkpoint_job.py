@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -244,7 +245,50 @@ def _plant(folder: Path, ran: Path) -> None:
     (folder / "xalign.json").write_text(json.dumps(manifest))
 
 
-def killed(folder: str, moment: str) -> None:
+def behind(folder: str) -> dict[str, Any]:
+    """Saves that go on while training does, against saves that do not; and with no room on one process's disk."""
+    from megatron_xalign.training import checkpoint as module
+
+    config, place, said = configure({"use_distributed_optimizer": True}), Path(folder), {}
+    with topology.start(config.parallel, seed=1) as ranks:
+        run = Run(place / "at-once", ranks, config)
+        run.fit(0)
+
+        def begin(where: str, step: int, **options: Any) -> module.UnfinishedSave:
+            extra = {"config": {}, "vocab_size": VOCAB, "tokenizer_sha256": "", "consumed_samples": 0}
+            return module.begin_save(
+                place / where, step, run.chunks, run.optimizer.megatron, run.optimizer.scheduler, ranks, extra,
+                **options,
+            )
+
+        unfinished = begin("behind", STEPS)
+        exists_before = (place / "behind" / f"step-{STEPS:06d}").exists()
+        with torch.no_grad():
+            for parameter in run.chunks[0].parameters():
+                parameter.add_(1.0)
+            for state in run.optimizer.megatron.optimizer.state.values():
+                state["exp_avg"].add_(1.0)
+        unfinished.finish()
+        begin("unhashed", 1, with_hashes=False).finish()
+        run.load(place / "unhashed" / "step-000001")
+
+        before = run.weights()
+        for in_background in (False, True):
+            if ranks.rank == 1:
+                # The kernel's own refusal, in the middle of a file.
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            try:
+                begin("behind", STEPS + 1, in_background=in_background).finish()
+            except CheckpointError as error:
+                said[f"no room, in background {in_background}"] = str(error)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
+            ranks.barrier()
+        said["left"] = ", ".join(sorted(path.name for path in (place / "behind").iterdir()))
+        run.load(place / "behind" / f"step-{STEPS:06d}")
+        return {"existed before": exists_before, "said": said, "changed": run.weights() != before}
+
+
+def killed(folder: str, moment: str, in_background: bool = False) -> None:
     """Save step 1, then be killed in the middle of saving step 2."""
     from megatron_xalign.training import checkpoint as module
 
@@ -256,6 +300,8 @@ def killed(folder: str, moment: str) -> None:
         run = Run(Path(folder), ranks, config)
         run.save(1)
         setattr(module, moment, die)
+        if in_background:
+            module.save_checkpoint = lambda *arguments: module.begin_save(*arguments).finish()  # type: ignore[assignment]
         run.save(2)
 
 

@@ -157,12 +157,12 @@ def test_a_failure_of_one_process_fails_all_and_leaves_nothing_behind(jobs: Any,
 
 
 def test_a_save_killed_before_it_has_its_name_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
-    # With the tensors written, and with everything written but the name.
-    moments = ("_write_random_state", "replace_folder")
+    # Before the tensors, with the tensors written by a thread, and with everything written but the name.
+    moments = {"_write_random_state": False, "describe_file": True, "replace_folder": False}
     folders = [str(tmp_path / moment) for moment in moments]
-    for folder, moment in zip(folders, moments, strict=True):
+    for folder, (moment, in_background) in zip(folders, moments.items(), strict=True):
         with pytest.raises(ProcessError, match="exit code -9"):
-            run_processes(JOB, "killed", {"folder": folder, "moment": moment})
+            run_processes(JOB, "killed", {"folder": folder, "moment": moment, "in_background": in_background})
     ((*found, random_states, missing),) = run_processes(JOB, "after_kill", {"folders": folders})
     for state in found:
         assert state == {
@@ -171,3 +171,24 @@ def test_a_save_killed_before_it_has_its_name_leaves_the_checkpoint_before_it(tm
     # The last save left its generators as they were, so a process that loads it draws the same numbers.
     assert random_states["drawn after loading"] == random_states["drawn"]
     assert "step-000077 does not exist" in missing["missing"]
+
+
+def test_a_save_behind_the_run_s_back_has_the_bytes_of_one_at_once_and_a_full_disk_leaves_the_one_before(
+    tmp_path: Path,
+) -> None:
+    for result in run_processes(JOB, "behind", {"folder": str(tmp_path)}, 2):
+        assert not result["existed before"] and result["changed"]
+        said = result["said"]
+        for in_background in (False, True):
+            assert "process 1: " in said[f"no room, in background {in_background}"] or "File too large" in said[
+                f"no room, in background {in_background}"
+            ], said
+        assert said["left"] == "step-000006"
+    here, there = tmp_path / "at-once" / "step-000006", tmp_path / "behind" / "step-000006"
+    names = sorted(path.name for path in here.iterdir())
+    assert names == sorted(path.name for path in there.iterdir()) and len(names) > 6
+    for name in names:
+        if name not in ("xalign.json", ".metadata"):
+            assert (here / name).read_bytes() == (there / name).read_bytes(), name
+    manifest = check_whole(tmp_path / "unhashed" / "step-000001")
+    assert manifest["files"] and all(set(facts) == {"bytes"} for facts in manifest["files"].values())

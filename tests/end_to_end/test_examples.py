@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from corpus_of_nonsense import LANGUAGES
-from xalign_process import ROOT, Xalign
+from xalign_process import ROOT, Xalign, environment
 
+from megatron_xalign.cli import main
 from megatron_xalign.config import RunConfig, read_config
 from megatron_xalign.names import architecture
 
@@ -57,6 +62,42 @@ def test_the_study_s_model_has_1_4_billion_parameters() -> None:
     total = model.num_layers * (attention + mlp) + 2 * vocab_size * model.hidden_size
     assert total == pytest.approx(1.42e9, rel=0.01)
     assert architecture(model) == "OlmoForCausalLM"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("place", ["slurm", "local"])
+def test_an_example_becomes_a_script_that_bash_understands(
+    example: Path, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--nodes", "2", "--account", "a"] if place == "slurm" else []
+    assert main(argv=["launch", place, str(example), *words, "--nproc-per-node", "4", "--dry-run"]) == 0
+    script = capsys.readouterr().out
+    checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, timeout=60)
+    assert checked.returncode == 0, checked.stderr
+    assert f"train {example}" in script and ("#SBATCH --nodes=2" in script) == (place == "slurm")
+
+
+def test_the_study_is_four_runs_that_differ_in_their_fraction(tmp_path: Path) -> None:
+    """The series' script with `xalign` on PATH as a user has it."""
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    (binaries / "xalign").write_text(f'#!/bin/bash\nexec "{sys.executable}" -m megatron_xalign "$@"\n')
+    (binaries / "xalign").chmod(0o755)
+    subprocess.run(
+        ["bash", "examples/study_series.sh", "--nodes", "4", "--account", "a", "--out", str(tmp_path / "jobs"),
+         "--dry-run"],
+        cwd=ROOT, check=True, timeout=300, env=environment() | {"PATH": f"{binaries}:{os.environ['PATH']}"},
+    )
+    scripts = {path.stem: path.read_text(encoding="utf-8") for path in (tmp_path / "jobs").iterdir()}
+    assert sorted(scripts) == ["p0", "p0.01", "p0.02", "p0.05"]
+    for name, script in scripts.items():
+        assert f"--set data.mixture.parallel_fraction={name.removeprefix('p')} " in script
+        assert f"--set output_dir=runs/{name} " in script
+    # Apart from the names and the fraction they are one script.
+    same = {
+        re.sub(r"p0(\.\d+)?\b", "p", re.sub(r"fraction=[\d.]+", "fraction=", script)) for script in scripts.values()
+    }
+    assert len(same) == 1
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

@@ -28,6 +28,7 @@ INDEX = StatsIndex(
     document_languages=("eng_Latn", "fin_Latn", "eng_Latn", "fin_Latn", "eng_Latn"),
     document_pairs=("a", "a", "b", "c", "c"), probe_sha256="0" * 64, pooling="mean", counted_tokens="all",
     stream_first_step=1, stream_last_step=7, stream_interval_steps=1,
+    stream_residual=True, stream_attention=True,
 )
 SIZES = {"D": 5, "K": 2, "L": 4, "F": 6, "M": 5, "H": 5}
 
@@ -87,6 +88,40 @@ def test_one_layer_is_read_alone_and_minus_one_is_the_embedding_output(tmp_path:
     for layer in (-1, 4):
         with pytest.raises(ValueError, match="has no layer"):
             stats.layer("probe_neuron_mean_DLF", layer)
+
+
+def test_some_layers_alone_are_joined_and_read_by_their_global_numbers(tmp_path: Path) -> None:
+    """Of 9 layers 1, 4, 5 and 8 are captured: places 0, 2 of the axis on one pipeline rank, 1, 3 on the other."""
+    index = dataclasses.replace(INDEX, num_layers=9, layers=(1, 4, 5, 8))
+    whole = whole_arrays()
+    folder = tmp_path / "step-000007"
+    begin_neuron_stats(folder)
+    entries = []
+    for pipeline_rank, layers, rows, places in ((0, (1, 5), (0, 2, 6), (0, 2)), (1, (4, 8), (5, 9), (1, 3))):
+        held = {"L": places, "M": [0, *(p + 1 for p in places)] if pipeline_rank == 0 else [p + 1 for p in places]}
+        arrays = {
+            name: whole[name][np.ix_(*(list(held.get(axis, range(SIZES[axis]))) for axis in axes))]
+            for name, (axes, _) in ARRAYS.items()
+            if set(axes) & {"L", "M"} or pipeline_rank == 0
+        }
+        entries.append(write_shard(folder, Shard(
+            tensor_rank=0, pipeline_rank=pipeline_rank, layers=layers, neurons=(0, 6), residual_rows=rows,
+            residual_columns=(0, 5), arrays=arrays,
+        )))
+    finish_neuron_stats(folder, index, entries)
+    stats = read_neuron_stats(folder)
+    assert (stats.layers, stats.num_layers) == ([1, 4, 5, 8], 9)
+    for name, array in whole.items():
+        np.testing.assert_array_equal(getattr(stats, name), array)
+    stats = read_neuron_stats(folder)
+    np.testing.assert_array_equal(stats.layer("stream_sum_KLF", 5), whole["stream_sum_KLF"][:, 2])
+    np.testing.assert_array_equal(stats.layer("probe_residual_mean_DMH", 8), whole["probe_residual_mean_DMH"][:, 4])
+    np.testing.assert_array_equal(stats.layer("probe_residual_mean_DMH", -1), whole["probe_residual_mean_DMH"][:, 0])
+    with pytest.raises(ValueError, match="has no layer 2; the model has 9 layers, of which 4"):
+        stats.layer("stream_sum_KLF", 2)
+    for wrong in ((4, 1), (1, 9), (1, 1)):
+        with pytest.raises(ValueError, match="not in order, or not among"):
+            dataclasses.replace(index, layers=wrong)
 
 
 def test_languages_are_aligned_by_pair_id_and_incomplete_pairs_left_out(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import json
 import re
 import shutil
@@ -11,6 +13,7 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_xalign.errors import ConfigError, FormatError
@@ -48,7 +51,7 @@ class Page(HTMLParser):
             self._rows.append([])
         elif tag in ("th", "td"):
             self._rows[-1].append("")
-        if tag in ("th", "td", "caption", "style"):
+        if tag in ("th", "td", "caption", "style", "script"):
             self._open = tag
 
     def handle_endtag(self, tag: str) -> None:
@@ -59,7 +62,7 @@ class Page(HTMLParser):
             self._open = None
 
     def handle_data(self, data: str) -> None:
-        if self._open == "style":
+        if self._open in ("style", "script"):
             return
         self.text += data
         if self._open in ("th", "td"):
@@ -91,13 +94,18 @@ def test_the_page_fetches_nothing_from_anywhere(page_path: Path, page: Page) -> 
     assert not re.search(r"(?:https?:)?//\w", html)
     assert not re.search(r"@import|url\((?!#)", html)
     tags = {tag for tag, _ in page.tags}
-    assert not tags & {"script", "link", "iframe", "img", "object", "embed", "base"}
+    assert not tags & {"link", "iframe", "img", "object", "embed", "base"}
     for _, attributes in page.tags:
         for name in ("src", "href", "srcset", "action", "xlink:href"):
             target = attributes.get(name)
             assert target is None or target.startswith(("#", "figures/"))
     policy = next(a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
     assert policy is not None and policy.startswith("default-src 'none'")
+    # Only the script that is in the page may run, and data is no script.
+    scripts = re.findall(r"<script(.*?)>(.*?)</script>", html, flags=re.DOTALL)
+    assert [kind for kind, _ in scripts] == [' type="application/json" id="film-data"', ""]
+    digest = base64.b64encode(hashlib.sha256(scripts[1][1].encode()).digest()).decode()
+    assert policy.endswith(f"script-src 'sha256-{digest}'")
 
 
 def test_every_figure_is_in_the_page_and_beside_it(page_path: Path, page: Page) -> None:
@@ -248,7 +256,7 @@ def test_a_run_name_is_text_and_never_markup(make_run: MakeRun, tmp_path: Path) 
     # Two runs of one fraction are told apart by name, so the name reaches legends, drawings and attributes.
     runs = [make_run(tmp_path / folder, 0.3, name=given, steps=(0, 50), num_layers=1) for folder, given in names]
     html = write_report(runs, tmp_path / "out", title="<b>&").read_text(encoding="utf-8")
-    assert "<script" not in html and "<b>" not in html
+    assert "<script>alert" not in html and "<b>" not in html
     page = Page(html)
     assert name in page.text and "<b>&" in page.text
     assert any(name in (a.get("aria-label") or "") for _, a in page.tags)
@@ -320,6 +328,66 @@ def test_without_matplotlib_the_message_says_what_to_install(
         write_report(series_folders, tmp_path / "out")
 
 
+def test_the_pointer_is_told_the_values_that_are_drawn(page: Page, series_folders: list[Path]) -> None:
+    drawn = [json.loads(a["data-points"] or "") for tag, a in page.tags if tag == "svg" and "data-points" in a]
+    told = [text for points in drawn for _, _, text in points]
+    best = max(row.value for row in read_results(series_folders[0] / "analysis").select(RETRIEVAL, step=600))
+    assert any(text.startswith(f"30\u00a0%: {100 * best:.4g} at tokens 4,915,200") for text in told)
+    # Where a value lies follows from its axis: larger values are higher up.
+    first = [(x, y, float(text.split(": ")[1].split(" ")[0])) for x, y, text in drawn[0] if text.startswith("30")]
+    assert [value for _, _, value in sorted(first, key=lambda point: -point[1])] == sorted(v for _, _, v in first)
+    assert all(0 < x < 3.7 * 72 and 0 < y < 2.7 * 72 for points in drawn for x, y, _ in points if points is drawn[0])
+
+
+def test_the_film_holds_the_projections_of_every_step(page_path: Path, series_folders: list[Path]) -> None:
+    html = page_path.read_text(encoding="utf-8")
+    match = re.search(r'id="film-data">(.*?)</script>', html, flags=re.DOTALL)
+    assert match is not None
+    film = json.loads(match.group(1))
+    assert film["steps"] == list(range(0, 601, 50)) and film["layers"] == 5
+    assert [run["label"] for run in film["runs"]] == ["0\u00a0%", "5\u00a0%", "30\u00a0%"]
+    arrays = read_results(series_folders[0] / "analysis").arrays
+    wanted = arrays["pca_coordinates"][:, :, np.r_[:150, 200:350]]
+    raw = np.frombuffer(base64.urlsafe_b64decode(film["runs"][2]["points"]), np.uint8)
+    shown = raw.reshape(13, 5, 300, 2).astype(float)
+    for layer in range(5):  # equal up to one scale and shift for all steps
+        for axis in range(2):
+            fit = np.polyfit(wanted[:, layer, :, axis].ravel(), shown[:, layer, :, axis].ravel(), 1)
+            assert np.abs(np.polyval(fit, wanted[:, layer, :, axis]) - shown[:, layer, :, axis]).max() < 0.75
+    assert sorted(film["order"]) == list(range(300))
+    assert [film["languages"][index] for index in film["order"][:4]] == [0, 1, 0, 1]
+
+
+def test_seeds_are_drawn_as_their_mean_and_range_and_controls_apart(make_run: MakeRun, tmp_path: Path) -> None:
+    def made(name: str, fraction: float, seed: int) -> Path:
+        folder = make_run(tmp_path / name, fraction, name=name, steps=(0, 50), num_layers=1, seed=seed)
+        path = folder / "config.yaml"
+        path.write_text(path.read_text().replace("seed: 1234", f"seed: {seed}"))
+        return folder
+
+    runs = [made(f"p{f:g}-s{seed}", f, seed) for f in (0.0, 0.2) for seed in (1, 2)]
+    runs.append(made("p0.2-shuffled-s1", 0.2, 1))
+    series = read_series(runs, {"p0.2-shuffled-s1": "shuffled"})
+    assert [group.label for group in series.groups] == ["0\u00a0%", "20\u00a0%", "20\u00a0% shuffled"]
+    assert [run.label for run in series.groups[1].runs] == ["20\u00a0%, seed 1", "20\u00a0%, seed 2"]
+    claims = [{"claim": "A", "pair": "English-Finnish", "verdict": "for", "numbers": "1", "test": "t"}]
+    html = write_report(
+        runs, tmp_path / "out", controls={"p0.2-shuffled-s1": "shuffled"}, claims=claims,
+        missing={"p0.5-s1": "worker 1 was killed by SIGKILL <&>"},
+    ).read_text(encoding="utf-8")
+    page = Page(html)
+    assert page.tables["Claims, and the evidence of this series"][1] == ["A", "English-Finnish", "for", "1", "t"]
+    assert page.tables["Runs that are not on this page"][1] == ["p0.5-s1", "worker 1 was killed by SIGKILL <&>"]
+    assert "1 of 6 runs are not on this page: p0.5-s1" in page.text
+    points = json.loads(next(a["data-points"] for tag, a in page.tags if tag == "svg" and "data-points" in a) or "")
+    last = [text for _, _, text in points if "409,600" in text]
+    at_end = {text.split(":")[0]: float(text.split(": ")[1].split(" ")[0]) for text in last}
+    values = [
+        max(row.value for row in read_results(run / "analysis").select(RETRIEVAL, step=50)) for run in runs[2:4]
+    ]
+    assert at_end["20\u00a0%"] == pytest.approx(100 * np.mean(values), rel=1e-3)
+
+
 def _chromium() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -332,12 +400,20 @@ def test_a_browser_shows_the_page_without_errors_and_without_scrolling_sideways(
     probe = (
         "<script>document.title = [document.documentElement.scrollWidth <= innerWidth,"
         " [...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().height > 100),"
-        " [...document.querySelectorAll('caption span')].every(s => s.getBoundingClientRect().right <= innerWidth)"
+        " [...document.querySelectorAll('caption span')].every(s => s.getBoundingClientRect().right <= innerWidth),"
+        # The film has drawn something, and moving its slider draws something else.
+        " (() => { const c = document.getElementById('film-0'), s = document.getElementById('film-step');"
+        " const ink = () => c.toDataURL(); const last = ink(); s.value = 0; s.dispatchEvent(new Event('input'));"
+        " return !document.getElementById('film').hidden && last.length > 2000 && ink() !== last; })(),"
+        # A pointer over a point is told its value.
+        " (() => { const v = document.querySelector('svg[data-points]'), p = JSON.parse(v.dataset.points)[3];"
+        " const r = v.getBoundingClientRect(), k = r.width / v.viewBox.baseVal.width;"
+        " v.dispatchEvent(new PointerEvent('pointermove', {clientX: r.left + p[0] * k, clientY: r.top + p[1] * k}));"
+        " return document.querySelector('.told').textContent === p[2]; })()"
         "].join(' ')</script>"
     )
-    # A copy that may run the two lines of measuring; the page itself forbids scripts.
-    html = page_path.read_text(encoding="utf-8")
-    html = html.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
+    # A copy that may run the lines of measuring too; the page itself forbids other scripts.
+    html = re.sub(r"script-src 'sha256-[^']*'", "script-src 'unsafe-inline'", page_path.read_text(encoding="utf-8"))
     copy = tmp_path / "measured.html"
     copy.write_text(html.replace("</body>", f"{probe}</body>"), encoding="utf-8")
     chromium = _chromium()
@@ -351,5 +427,5 @@ def test_a_browser_shows_the_page_without_errors_and_without_scrolling_sideways(
         ],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    assert "<title>true true true</title>" in done.stdout
+    assert "<title>true true true true true</title>" in done.stdout
     assert "CONSOLE" not in done.stderr

@@ -52,7 +52,8 @@ class BlendTally {
              bool count_all_tokens, std::int64_t batch_size, std::uint64_t batch_key);
 
   // A window or a piece of a document. content: of each language of the source; nullptr: add_content follows.
-  // begins_row: the window or document begins in it.
+  // begins_row: the window or document begins in it. This and what follows throw std::invalid_argument if there is no
+  // such source or a sample is negative.
   void add(std::int32_t source, std::int64_t sample, std::int64_t begun_in, const std::int32_t* content,
            std::int64_t tokens, std::int64_t loss, bool begins_row);
   // The content, of each language of its source, of a piece that was added without it, and how many of its tokens that
@@ -61,7 +62,10 @@ class BlendTally {
   void add_content(const CutPiece& piece, const std::int32_t* content, std::int32_t masked);
   void take_back_loss(std::int32_t source, std::int64_t sample, std::int64_t tokens);
   void add_padding(std::int64_t sample, std::int64_t tokens);
-  void add_cut(std::int32_t source) { ++sources_[static_cast<std::size_t>(source)].cut; }
+  void add_cut(std::int32_t source) {
+    check(source, 0);
+    ++sources_[static_cast<std::size_t>(source)].cut;
+  }
   void add_left_out(std::int32_t source, std::int64_t tokens);
 
   const std::vector<SourceSums>& sources() const { return sources_; }
@@ -72,6 +76,7 @@ class BlendTally {
   const std::vector<int128>& asked() const { return asked_; }
 
  private:
+  void check(std::int32_t source, std::int64_t sample) const;
   void go_to(std::int64_t sample);
   std::int64_t numerator_of(std::int64_t sample);
   void add_content(std::int32_t source, std::int64_t sample, std::int64_t begun_in, const std::int32_t* content);

@@ -15,17 +15,18 @@ namespace xalign {
 // quota at every moment; otherwise less than the largest piece.
 class FairQueue {
  public:
-  // Weights must be positive and add up to 2^60 at most; window >= 0. Throws std::invalid_argument otherwise.
+  // Weights must be positive and add up to 2^60 at most; 0 <= window <= 2^60. Throws std::invalid_argument otherwise.
   FairQueue(std::vector<std::int64_t> weights, std::int64_t window);
 
   std::size_t num_members() const { return members_.size(); }
   // Tells the size of a member's next piece (0 <= size, <= window where that is above 0). Every member must have one
-  // before best() is asked.
+  // before best() is asked. Throws std::out_of_range if there is no such member, std::invalid_argument if it has a piece
+  // or the size is outside, std::overflow_error where all pieces would add up to more than 2^61.
   void offer(std::size_t member, std::int64_t size);
-  // The member that comes next. Throws std::logic_error if not every member has a piece.
+  // The member that comes next. Throws std::logic_error if not every member has a piece or there is none.
   std::size_t best();
   std::int64_t size_of(std::size_t member) const { return members_[member].size; }
-  // Takes the piece of best(); the member then has none until offer().
+  // Takes the piece of best(); the member then has none until offer(). Throws as best().
   void take_best();
 
  private:

@@ -66,7 +66,7 @@ class RowWalk {
 // Counts for SourceRows as rows come in: lines() of all the blocks that began since the last call and, at the end, now().
 class RowCounter {
  public:
-  explicit RowCounter(std::int32_t num_sources);  // throws std::invalid_argument if it is below 1
+  explicit RowCounter(std::int32_t num_sources);  // throws std::invalid_argument outside 1..65,536
   template <typename Id>  // std::uint8_t or std::uint16_t
   void append(const Id* ids, std::size_t num_rows);  // throws std::invalid_argument on an id that is no source
   std::vector<std::int64_t> take_lines();            // [new blocks, num_sources]

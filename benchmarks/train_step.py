@@ -1,0 +1,283 @@
+"""Tokens a second of our training loop, against a bare Megatron-Core loop and against transformers with plain PyTorch.
+
+One process of one thread; the same model, initial weights, batches and AdamW. What does our loop (mixture statistics,
+losses by language and source, heartbeat, logging) cost on top of Megatron-Core's schedule, DDP and optimizer; and is
+the whole slower than what one would write by hand? Contestants take turns, a few steps a turn, in one process; CPU
+seconds are counted, medians of turns compared, and their losses must agree.
+
+    python benchmarks/train_step.py [--quick] [--rounds N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+from measure import answer, print_result
+
+from megatron_xalign import topology
+from megatron_xalign.batch import Batch, CurrentBatch, collate
+from megatron_xalign.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+
+VOCAB, LENGTH, GLOBAL_BATCH, MICRO_BATCH, SEED = 4096, 128, 16, 4, 11
+LANGUAGES, SOURCES = ("eng_Latn", "fin_Latn"), ("mono", "pairs")
+MODEL = ModelConfig(num_layers=4, hidden_size=192, ffn_hidden_size=512, num_attention_heads=6)
+SMALL = ModelConfig(num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4)
+OPTIMIZER = OptimizerConfig(lr=1e-3, min_lr=1e-3, lr_decay_style="constant", lr_warmup_steps=0, clip_grad=1.0)
+STEPS_OF_ALL = 1_000_000
+"""Length of the schedule; constant, so that it makes no difference."""
+
+
+def sample(number: int) -> dict[str, np.ndarray]:
+    """Sample k, the same for all contestants."""
+    rng = np.random.default_rng([3, number])
+    tokens = np.minimum(rng.geometric(0.003, LENGTH + 1), VOCAB - 1)
+    language = (tokens % 2).astype(np.int8)
+    return {
+        "tokens": tokens[:-1], "labels": tokens[1:], "position_ids": np.arange(LENGTH),
+        "loss_mask": np.ones(LENGTH, np.float32), "language_ids": language[:-1], "label_language_ids": language[1:],
+        "source_ids": np.full(LENGTH, number % 2, np.int16), "document_ids": np.zeros(LENGTH, np.int32),
+    }
+
+
+class Samples:
+    """Micro-batches by sample number, made once: reading is no part of the question."""
+
+    def __init__(self, steps: int) -> None:
+        self._made = {}
+        for first in range(0, steps * GLOBAL_BATCH, MICRO_BATCH):
+            self._made[first] = collate([sample(number) for number in range(first, first + MICRO_BATCH)])
+        self._length = steps * GLOBAL_BATCH
+
+    def __call__(self, numbers: list[int]) -> Batch:
+        return self._made[numbers[0] % self._length]
+
+
+def build(model: ModelConfig, ranks: topology.Ranks) -> tuple[list[Any], Any]:
+    """Megatron's model and optimizer."""
+    from megatron_xalign.training.model import build_model
+    from megatron_xalign.training.optimizer import build_optimizer
+
+    parallel = ParallelConfig()
+    chunks = build_model(
+        model, padded_vocab_size=VOCAB, seq_length=LENGTH, parallel=parallel, params_dtype="fp32", recompute="none",
+        ranks=ranks, seed=SEED,
+    )
+    optimizer = build_optimizer(chunks, OPTIMIZER, parallel=parallel, params_dtype="fp32", train_steps=STEPS_OF_ALL)
+    return chunks, optimizer
+
+
+def our_loop(chunks: list[Any], optimizer: Any, samples: Samples, ranks: topology.Ranks, folder: Path) -> Any:
+    """``fit`` as ``xalign train`` calls it: losses by language and source, logging, heartbeat."""
+    from megatron_xalign.training.heartbeat import Heartbeat
+    from megatron_xalign.training.loop import fit
+
+    losses: list[float] = []
+    done = 0
+
+    def run(steps: int) -> list[float]:
+        nonlocal done
+        training = TrainingConfig(
+            train_steps=done + steps, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH,
+            log_interval_steps=steps, save_interval_steps=STEPS_OF_ALL,
+        )
+        line = fit(
+            chunks, optimizer, samples, training, ranks, metrics_path=folder / "metrics.jsonl",
+            save=lambda *state: folder, languages=LANGUAGES, source_names=SOURCES, parallel_sources=SOURCES[1:],
+            flops_per_token=1.0, start_step=done, current_batch=CurrentBatch(),
+            heartbeat=Heartbeat(ranks, 1e9, 5.0, print),
+        )
+        done += steps
+        losses.append(line["loss"])
+        return losses
+
+    return run
+
+
+def bare_core(chunks: list[Any], optimizer: Any, samples: Samples, ranks: topology.Ranks) -> Any:
+    """Megatron-Core's schedule, gradient finalization, optimizer and scheduler, as its own examples call them."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.utils import get_model_config
+
+    losses: list[float] = []
+    done = 0
+    get_model_config(chunks[0]).finalize_model_grads_func = finalize_model_grads
+    schedule = get_forward_backward_func()
+
+    def run(steps: int) -> list[float]:
+        nonlocal done
+        chunks[0].train()
+        total = count = 0.0
+        for step in range(done, done + steps):
+            numbers = range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH, MICRO_BATCH)
+            batches = [samples([first]) for first in numbers]
+            for chunk in chunks:
+                chunk.zero_grad_buffer()
+            optimizer.megatron.zero_grad()
+
+            def forward_step(rest: Any, model: Any) -> Any:
+                batch = next(rest)
+                loss = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+
+                def loss_of(losses_BS: Any, batch: Batch = batch) -> Any:
+                    weighted = (losses_BS * batch.loss_mask).sum()
+                    tokens = batch.loss_mask.sum().to(dtype=batch.tokens.dtype)
+                    return weighted, tokens.int(), {"sum": weighted.detach(), "tokens": tokens}
+
+                return loss, loss_of
+
+            found = schedule(
+                forward_step_func=forward_step, data_iterator=iter(batches), model=chunks,
+                num_microbatches=len(batches), seq_length=LENGTH, micro_batch_size=MICRO_BATCH,
+            )
+            optimizer.megatron.step()
+            optimizer.scheduler.step(increment=1)
+            total += sum(float(item["sum"]) for item in found)
+            count += sum(float(item["tokens"]) for item in found)
+        done += steps
+        losses.append(total / count)
+        return losses
+
+    return run
+
+
+def plain_torch(model: ModelConfig, weights: dict[str, Any], samples: Samples) -> Any:
+    """transformers' Llama with the same weights, AdamW and clipping, accumulation by hand."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=model.hidden_size, intermediate_size=model.ffn_hidden_size,
+        num_hidden_layers=model.num_layers, num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.query_groups, max_position_embeddings=LENGTH, rms_norm_eps=model.layernorm_epsilon,
+        rope_theta=float(model.rotary_base), tie_word_embeddings=False, attention_dropout=0.0,
+    )
+    network = LlamaForCausalLM(config)
+    network.load_state_dict(weights, strict=True)
+    network.train()
+    decayed = [parameter for parameter in network.parameters() if parameter.dim() > 1]
+    others = [parameter for parameter in network.parameters() if parameter.dim() == 1]
+    adam = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": OPTIMIZER.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=OPTIMIZER.lr, betas=(OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2), eps=OPTIMIZER.adam_eps,
+    )
+    losses: list[float] = []
+    done = 0
+
+    def run(steps: int) -> list[float]:
+        nonlocal done
+        total = 0.0
+        for step in range(done, done + steps):
+            adam.zero_grad()
+            for first in range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH, MICRO_BATCH):
+                batch = samples([first])
+                logits = network(input_ids=batch.tokens).logits
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum")
+                (loss / (GLOBAL_BATCH * LENGTH)).backward()
+                total += float(loss.detach())
+            torch.nn.utils.clip_grad_norm_(network.parameters(), OPTIMIZER.clip_grad)
+            adam.step()
+        done += steps
+        losses.append(total / (steps * GLOBAL_BATCH * LENGTH))
+        return losses
+
+    return run
+
+
+def hugging_face_weights(model: ModelConfig, chunk: Any) -> dict[str, Any]:
+    """Megatron's weights under transformers' names, cut and joined as the converter does it."""
+    from megatron_xalign.training.checkpoint import unwrap
+
+    state = {name: value for name, value in unwrap(chunk).state_dict().items() if hasattr(value, "shape")}
+    head, groups = model.head_size, model.query_groups
+    queries = model.num_attention_heads // groups
+    found = {
+        "model.embed_tokens.weight": state["embedding.word_embeddings.weight"],
+        "model.norm.weight": state["decoder.final_layernorm.weight"], "lm_head.weight": state["output_layer.weight"],
+    }
+    for layer in range(model.num_layers):
+        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        qkv = state[f"{ours}self_attention.linear_qkv.weight"].view(groups, (queries + 2) * head, -1)
+        parts = {"q": qkv[:, : queries * head], "k": qkv[:, queries * head : -head], "v": qkv[:, -head:]}
+        found |= {f"{theirs}self_attn.{name}_proj.weight": part.flatten(0, 1) for name, part in parts.items()}
+        gate, up = state[f"{ours}mlp.linear_fc1.weight"].chunk(2)
+        found |= {
+            f"{theirs}self_attn.o_proj.weight": state[f"{ours}self_attention.linear_proj.weight"],
+            f"{theirs}mlp.gate_proj.weight": gate, f"{theirs}mlp.up_proj.weight": up,
+            f"{theirs}mlp.down_proj.weight": state[f"{ours}mlp.linear_fc2.weight"],
+            f"{theirs}input_layernorm.weight": state[f"{ours}input_layernorm.weight"],
+            f"{theirs}post_attention_layernorm.weight": state[f"{ours}pre_mlp_layernorm.weight"],
+        }
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small model and few steps: shows that it runs")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant")
+    parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
+    options = parser.parse_args()
+    model, rounds, steps = (SMALL, 2, 1) if options.quick else (MODEL, options.rounds, options.steps)
+
+    with tempfile.TemporaryDirectory() as name, topology.start(ParallelConfig(), SEED) as ranks:
+        import torch
+
+        torch.set_num_threads(1)
+        samples = Samples(4)
+        ours_built, bare_built = build(model, ranks), build(model, ranks)
+        contestants: dict[str, Callable[[int], list[float]]] = {
+            "ours": our_loop(*ours_built, samples, ranks, Path(name)),
+            "bare Megatron-Core": bare_core(*bare_built, samples, ranks),
+        }
+        try:
+            contestants["transformers + PyTorch"] = plain_torch(
+                model, hugging_face_weights(model, bare_built[0][0]), samples
+            )
+        except ImportError:
+            print("transformers is not installed; left out: pip install 'megatron-xalign[convert]'")
+        cpu: dict[str, list[float]] = {name: [] for name in contestants}
+        wall: dict[str, list[float]] = {name: [] for name in contestants}
+        losses: dict[str, list[float]] = {}
+        names = list(contestants)
+        for turn in range(rounds + 1):
+            for contestant in names[turn % len(names) :] + names[: turn % len(names)]:
+                begun, clock = time.process_time(), time.perf_counter()
+                losses[contestant] = contestants[contestant](steps)
+                if turn > 0:  # the first turn warms up
+                    cpu[contestant].append(time.process_time() - begun)
+                    wall[contestant].append(time.perf_counter() - clock)
+    tokens = steps * GLOBAL_BATCH * LENGTH
+    speed = {contestant: tokens / median(seconds) for contestant, seconds in cpu.items()}
+    for contestant in names:
+        print(
+            f"{contestant:24s} {speed[contestant]:10,.0f} tokens a CPU second, "
+            f"{tokens / median(wall[contestant]):10,.0f} a second; losses {losses[contestant][0]:.6f} ... "
+            f"{losses[contestant][-1]:.6f}"
+        )
+        # The same job: the same losses.
+        difference = max(abs(a - b) for a, b in zip(losses["ours"], losses[contestant], strict=True))
+        if difference > 1e-3:
+            raise SystemExit(f"{contestant} trained something else: its losses differ by {difference:g}")
+    goals = {"bare Megatron-Core": 0.98, "transformers + PyTorch": 1.0}
+    print_result([
+        answer(
+            f"train step against {peer}", ours=speed["ours"], peer=speed[peer], goal=goal, unit="tokens / CPU second",
+            better="higher",
+        )
+        for peer, goal in goals.items()
+        if peer in speed
+    ])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""What a series of runs says for or against the claims that studies of parallel data make.
+
+Three claims, after Leino and Tiedemann 2026 (arXiv:2603.29026): parallel data *accelerates early sharing*, leaves
+*fewer language-specific neurons*, and leads to *the same final level*. Each is put to a test that could come out either
+way: over runs where there are at least two seeds a fraction, else over sentences, which then says so.
+"""
+
+# D sentences, T probed steps
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_xalign.analysis import retrieval
+from megatron_xalign.analysis.inference import holm, paired_difference_interval, sign_flip_test, trend_test
+from megatron_xalign.analysis.representations import as_representations
+from megatron_xalign.analysis.resampling import resample_counts
+from megatron_xalign.errors import FormatError
+from megatron_xalign.formats.neuron_stats import NeuronStats, list_neuron_stats, read_neuron_stats
+from megatron_xalign.formats.results import Results, read_results
+from megatron_xalign.formats.run_folder import RunFolder
+
+LEVEL = 0.05
+"""p-values up to this count as evidence."""
+EARLY = 1 / 3
+"""Share of training that counts as early."""
+MARGIN = 0.05
+"""Final levels this close (as shares of sentences) are the same."""
+_RETRIEVAL = "retrieval_centred"
+
+Verdict = Literal["for", "against", "undecided"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim about one pair of languages, and what the series says about it."""
+
+    claim: str
+    pair: str
+    verdict: Verdict
+    numbers: str
+    """What was measured, per fraction."""
+    test: str
+    """Which test, over what, with its p-value or interval."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    name: str
+    fraction: float
+    seeds: tuple[int, int]
+    results: Results
+    folders: list[tuple[int, Path]]
+
+
+def weigh_claims(run_folders: Sequence[Path], controls: Mapping[str, str] | None = None) -> list[Claim]:
+    """Put the three claims to the test for every pair of languages.
+
+    Args:
+        run_folders: analysed runs of a series; those that belong to a control are left out.
+        controls: name of the control by run name.
+
+    Returns:
+        three claims a pair; none if all runs have the same parallel fraction.
+
+    Raises:
+        FormatError: a run was not analysed, or has no statistics of a step that is needed.
+    """
+    runs = [run for run in map(_read, run_folders) if run.name not in (controls or {})]
+    runs.sort(key=lambda run: (run.fraction, run.seeds))
+    if len({run.fraction for run in runs}) < 2:
+        return []
+    pairs = sorted({row.subject for row in runs[0].results.select(measure=_RETRIEVAL)})
+    claims = []
+    for pair in pairs:
+        layer = _shared_best_layer(runs, pair)
+        hits = {run.name: _hits(run, pair, layer) for run in runs}
+        claims += [_early(runs, pair, layer, hits), _neurons(runs, pair), _final(runs, pair, layer, hits)]
+    return claims
+
+
+def _read(folder: Path) -> _Run:
+    run = RunFolder(Path(folder))
+    config = run.config()
+    folders = list_neuron_stats(run.path)
+    if not folders:
+        raise FormatError(f"{run.neurons} holds no statistics; train with a `capture:` section, or check the path.")
+    return _Run(
+        config.name, config.data.mixture.parallel_fraction, (config.seed, config.data.mixture.seed),
+        read_results(run.analysis), folders,
+    )
+
+
+def _shared_steps(runs: Sequence[_Run]) -> list[int]:
+    return sorted(set.intersection(*({step for step, _ in run.folders} for run in runs)))
+
+
+def _shared_best_layer(runs: Sequence[_Run], pair: str) -> int:
+    """The layer that retrieves best on average over all runs: no run chooses for itself."""
+    step = _shared_steps(runs)[-1]
+    by_layer: dict[int, list[float]] = {}
+    for run in runs:
+        for row in run.results.select(measure=_RETRIEVAL, subject=pair, step=step):
+            if row.layer is not None:
+                by_layer.setdefault(row.layer, []).append(row.value)
+    return max(by_layer, key=lambda layer: (float(np.mean(by_layer[layer])), -layer))
+
+
+def _hits(run: _Run, pair: str, layer: int) -> dict[int, np.ndarray]:
+    """By step, for each sentence: the share of both directions that find its translation, float [D]."""
+    one, other = _languages(run, pair)
+    found = {}
+    for step, folder in run.folders:
+        stats: NeuronStats = read_neuron_stats(folder)
+        acts_DH = as_representations(stats.layer("probe_residual_mean_DMH", layer))
+        hit = retrieval.bitext_accuracy(acts_DH[stats.rows(one)], acts_DH[stats.rows(other)], centred=True)
+        found[step] = (hit.forward_hit_D.astype(np.float64) + hit.backward_hit_D) / 2
+    return found
+
+
+def _languages(run: _Run, pair: str) -> tuple[str, str]:
+    languages = run.results.context["probed_languages"]
+    return next((one, other) for one in languages for other in languages if f"{one}-{other}" == pair)
+
+
+def _seeds_per_fraction(runs: Sequence[_Run]) -> int:
+    fractions = [run.fraction for run in runs]
+    return min(fractions.count(fraction) for fraction in fractions)
+
+
+def _by_fraction(runs: Sequence[_Run], values: Sequence[float], digits: int = 3) -> str:
+    told = []
+    for fraction in sorted({run.fraction for run in runs}):
+        own = [value for run, value in zip(runs, values, strict=True) if run.fraction == fraction]
+        spread = f" ({min(own):.{digits}f} to {max(own):.{digits}f})" if len(own) > 1 else ""
+        told.append(f"{np.mean(own):.{digits}f}{spread} at {100 * fraction:g} %")
+    return ", ".join(told)
+
+
+def _trend(runs: Sequence[_Run], values: Sequence[float], rising: bool, name: str) -> tuple[Verdict, str]:
+    """Evidence from runs as units."""
+    found = trend_test(values, [run.fraction for run in runs], "spearman", "two-sided")
+    verdict: Verdict = "undecided"
+    if found.p_value <= LEVEL:
+        verdict = "for" if (found.statistic > 0) == rising else "against"
+    # A perfect order and its reverse are the most extreme arrangements there are.
+    least = 2 / found.num_arrangements
+    possible = "" if least <= LEVEL else f"; {len(runs)} runs cannot give less than p = {least:.3f}"
+    return verdict, (
+        f"rank correlation of {name} with the fraction over {len(runs)} runs, "
+        f"{'every order' if found.exact else f'{found.num_arrangements:,} orders'} of runs compared: "
+        f"{found.statistic:.2f}, p = {found.p_value:.3f}{possible}"
+    )
+
+
+def _paired(
+    runs: Sequence[_Run], values_D: Mapping[str, np.ndarray]
+) -> tuple[dict[float, np.ndarray], list[tuple[float, float, float]]]:
+    """Differences to fraction 0 (the smallest) per sentence, mean over seeds; and (fraction, mean, Holm's p)."""
+    least = min(run.fraction for run in runs)
+
+    def mean_of(fraction: float) -> np.ndarray:
+        return np.mean([values_D[run.name] for run in runs if run.fraction == fraction], axis=0)
+
+    differences = {
+        fraction: mean_of(fraction) - mean_of(least)
+        for fraction in sorted({run.fraction for run in runs}) if fraction > least
+    }
+    tests = [sign_flip_test(difference) for difference in differences.values()]
+    adjusted = holm([test.p_value for test in tests]).tolist()
+    return differences, [
+        (fraction, test.statistic, p) for fraction, test, p in zip(differences, tests, adjusted, strict=True)
+    ]
+
+
+def _early(runs: Sequence[_Run], pair: str, layer: int, hits: Mapping[str, dict[int, np.ndarray]]) -> Claim:
+    steps = _shared_steps(runs)
+    until = steps[0] + EARLY * (steps[-1] - steps[0])
+    if len(steps) < 3:
+        return Claim(
+            "accelerates early sharing", pair, "undecided", f"probed at {len(steps)} steps only",
+            "none: a curve needs at least 3 probed steps",
+        )
+    area = {
+        run.name: _area_until(steps, np.stack([hits[run.name][step] for step in steps]), until) for run in runs
+    }
+    values = [float(area[run.name].mean()) for run in runs]
+    numbers = (
+        f"mean share of translations found up to step {until:.0f} (area under the curve, layer {layer}): "
+        + _by_fraction(runs, values)
+    )
+    _, tests = _paired(runs, area)
+    told = "; ".join(f"{100 * fraction:g} %: {mean:+.3f}, p = {p:.3f}" for fraction, mean, p in tests)
+    over_sentences = f"over sentences (sign flips against the smallest fraction, Holm): {told}"
+    if _seeds_per_fraction(runs) > 1:
+        verdict, trend = _trend(runs, values, rising=True, name="this area")
+        return Claim("accelerates early sharing", pair, verdict, numbers, f"{trend}; {over_sentences}")
+    return Claim(
+        "accelerates early sharing", pair, _of_sentences(tests), numbers,
+        f"{over_sentences}. One seed a fraction: another seed may differ",
+    )
+
+
+def _area_until(steps_T: Sequence[int], heights_TD: np.ndarray, until: float) -> np.ndarray:
+    """Mean height of every sentence's curve up to a step, by trapezia: float [D]."""
+    x = np.array([*(step for step in steps_T if step < until), until], np.float64)
+    place = len(x) - 1
+    share = (until - steps_T[place - 1]) / (steps_T[place] - steps_T[place - 1])
+    last_D = heights_TD[place - 1] + share * (heights_TD[place] - heights_TD[place - 1])
+    y_TD = np.concatenate([heights_TD[:place], last_D[None]])
+    area_D: np.ndarray = (np.diff(x)[:, None] * (y_TD[1:] + y_TD[:-1]) / 2).sum(axis=0) / (x[-1] - x[0])
+    return area_D
+
+
+def _of_sentences(tests: Sequence[tuple[float, float, float]]) -> Verdict:
+    clear = [mean for _, mean, p in tests if p <= LEVEL]
+    if clear and all(mean > 0 for mean in clear):
+        return "for"
+    if clear and all(mean < 0 for mean in clear):
+        return "against"
+    return "undecided"
+
+
+def _neurons(runs: Sequence[_Run], pair: str) -> Claim:
+    step = _shared_steps(runs)[-1]
+    values = []
+    for run in runs:
+        rows = [
+            row for language in _languages(run, pair)
+            for row in run.results.select(measure="ap_count_0.9", layer=None, subject=language, step=step)
+        ]
+        if not rows:
+            raise FormatError(f"run {run.name}: no ap_count_0.9 of {pair} at step {step}; run `xalign analyze` again.")
+        values.append(sum(row.value for row in rows))
+    numbers = f"neurons with AP at least 0.9, both languages, step {step}: {_by_fraction(runs, values, 0)}"
+    if _seeds_per_fraction(runs) > 1:
+        verdict, test = _trend(runs, values, rising=False, name="their number")
+    else:
+        verdict, test = "undecided", "none: neurons of two runs do not correspond, so one seed a fraction tells nothing"
+    return Claim("fewer language-specific neurons", pair, verdict, numbers, test)
+
+
+def _final(runs: Sequence[_Run], pair: str, layer: int, hits: Mapping[str, dict[int, np.ndarray]]) -> Claim:
+    step = _shared_steps(runs)[-1]
+    last = {run.name: hits[run.name][step] for run in runs}
+    values = [float(last[run.name].mean()) for run in runs]
+    differences, _ = _paired(runs, last)
+    fraction, difference_D = max(differences.items())
+    difference, low, high = paired_difference_interval(
+        np.zeros(len(difference_D)), difference_D, resample_counts(len(difference_D))
+    )
+    verdict: Verdict = "undecided"
+    if low >= -MARGIN and high <= MARGIN:
+        verdict = "for"
+    elif low > MARGIN or high < -MARGIN:
+        verdict = "against"
+    numbers = f"share of translations found at step {step}, layer {layer}: {_by_fraction(runs, values)}"
+    seeds = _seeds_per_fraction(runs)
+    about = "seeds averaged" if seeds > 1 else "one seed a fraction: another seed may differ"
+    return Claim(
+        "same final level", pair, verdict, numbers,
+        f"difference of {100 * fraction:g} % to the smallest fraction {difference:+.3f}, 95 % interval "
+        f"over sentences {low:+.3f} to {high:+.3f}; the same if inside ±{MARGIN:g}, not the same if outside; {about}",
+    )
+
+
+def claims_tree(claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    """As plain mappings, for a file or a page."""
+    return [
+        {"claim": claim.claim, "pair": claim.pair, "verdict": claim.verdict, "numbers": claim.numbers,
+         "test": claim.test}
+        for claim in claims
+    ]  # fmt: skip

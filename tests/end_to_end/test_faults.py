@@ -1,0 +1,102 @@
+"""What may happen to a run between two starts (a damaged checkpoint, other data), and to processes of torchrun."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from corpus_of_nonsense import LANGUAGES
+from xalign_process import ROOT, Xalign, environment
+
+TIMED = ("seconds", "seconds_left", "tokens_per_second", "tflops_per_device", "memory_gib")
+EXAMPLE = ROOT / "examples" / "laptop_tp2_pp2.yaml"
+
+
+def settings(text: Path, tokens: Path, run: Path, steps: int) -> list[str]:
+    found = [
+        "model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=2",
+        "parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parallel_size=1", "data.seq_length=32",
+        f"training.train_steps={steps}", "training.global_batch_size=4", "training.micro_batch_size=2",
+        "training.log_interval_steps=1", "training.save_interval_steps=2", "training.keep_checkpoints=2",
+        "training.keep_every_steps=4", "training.async_save=true", "optimizer.lr_warmup_steps=2", "capture=null",
+        f"data.tokenizer={text}/tokenizer", "data.probe=null", f"output_dir={run}",
+        *(f"data.sources.{i}.prefix={tokens}/{name}" for i, name in enumerate([*LANGUAGES, "-".join(LANGUAGES)])),
+        *(f"data.sources.{i}.max_repeats=99" for i in range(3)),
+    ]
+    return [part for setting in found for part in ("--set", setting)]
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in found]
+
+
+@pytest.mark.end_to_end
+def test_a_damaged_checkpoint_is_passed_over_and_changed_data_is_refused(
+    text: Path, tmp_path: Path, xalign: Xalign
+) -> None:
+    run, tokens = tmp_path / "run", tmp_path / "tokens"
+    shutil.copytree(text / "tokens", tokens)
+    train = ["train", EXAMPLE, *settings(text, tokens, run, steps=8)]
+    xalign(*train)
+    whole = lines(run)
+    saved = run / "checkpoints"
+    # The newest two, and every fourth.
+    assert sorted(path.name for path in saved.iterdir()) == ["step-000004", "step-000006", "step-000008"]
+    assert (run / "tensorboard").is_dir()
+
+    damaged = saved / "step-000008" / "__0_0.distcp"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    said = xalign(*train).stderr
+    assert "passing over a checkpoint" in said and "step-000008" in said and "step-000006" in said
+    assert lines(run) == whole
+
+    shutil.rmtree(saved / "step-000008")
+    manifest = tokens / "fin_Latn.manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"note": "made again"}))
+    refused = xalign(*train, check=False)
+    assert refused.returncode == 1
+    assert "fin_Latn (has another content)" in refused.stderr and "allow_changed_data=true" in refused.stderr
+    assert not (saved / "step-000008").exists()
+    allowed = xalign(*train, "--set", "training.allow_changed_data=true")
+    assert "going on as training.allow_changed_data says" in allowed.stderr
+    assert (saved / "step-000008").is_dir()
+
+
+@pytest.mark.end_to_end
+def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on_from_its_last_checkpoint(
+    text: Path, tmp_path: Path
+) -> None:
+    run, steps = tmp_path / "run", 40
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
+        str(ROOT / "tools" / "train.py"), str(EXAMPLE), *settings(text, text / "tokens", run, steps),
+    ]
+    job = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 600
+        while not list((run / "checkpoints").glob("step-*")):
+            assert time.monotonic() < deadline and job.poll() is None
+            time.sleep(0.01)
+        victim = next(
+            worker for worker in psutil.Process(job.pid).children() if worker.environ().get("RANK") == "1"
+        )
+        victim.kill()
+        said = job.communicate(timeout=600)[1]
+    finally:
+        job.kill()
+        job.wait()
+    assert job.returncode == 0, said[-3000:]
+    assert "continuing from" in said
+    assert [line["step"] for line in lines(run)] == list(range(1, steps + 1))
+    assert len(json.loads((run / "run.json").read_text())["starts"]) == 2
