@@ -370,6 +370,111 @@ class DataConfig:
             return ()
 
 
+FP8_MULTIPLE_OF = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
+"""What both axes of a matrix must be a multiple of for each FP8 recipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Config:
+    """Matrix products of transformer layers in 8-bit floating point; everything else as in bf16 (docs/precision.md)."""
+
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How a tensor's scale is found: ``delayed`` from the largest values of past steps, ``tensorwise`` from the tensor
+    itself, ``blockwise`` for blocks of 128, ``mxfp8`` for blocks of 32 (Blackwell)."""
+    format: Literal["e4m3", "hybrid"] = "hybrid"
+    """``hybrid`` gives gradients the wider range of E5M2; ``e4m3`` uses E4M3 for everything."""
+    margin: int = 0
+    """``delayed``: scales are divided by two to this power, room for values larger than any seen."""
+    amax_history_len: int = 1024
+    """``delayed``: how many past steps count."""
+    amax_compute_algo: Literal["max", "most_recent"] = "max"
+    """``delayed``: which of them gives the scale."""
+    first_last_layers_bf16: bool = False
+    """Whether the first and the last layers stay in bf16, which is where FP8 hurts most."""
+    num_layers_at_start_in_bf16: int = 1
+    """How many of the first ones."""
+    num_layers_at_end_in_bf16: int = 1
+    """How many of the last ones."""
+    param_gather: bool = False
+    """Keep weights in FP8 and gather them so from the distributed optimizer, which holds float32 main weights."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.margin <= 16, f"margin={self.margin} is outside 0..16; it is a power of two.")
+        _require(self.amax_history_len > 0, f"amax_history_len={self.amax_history_len} must be positive.")
+        for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative; 0 keeps none of them.")
+        if self.recipe != "delayed":
+            for name, default in (("margin", 0), ("amax_history_len", 1024), ("amax_compute_algo", "max")):
+                _require(
+                    getattr(self, name) == default,
+                    f"{name}={getattr(self, name)} belongs to recipe=delayed and does nothing with recipe="
+                    f"{self.recipe}; leave it out.",
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp16Config:
+    """Weights and activations in fp16, with a scaled loss: small gradients would vanish otherwise."""
+
+    loss_scale: float | None = None
+    """A fixed scale; left out, the scale is halved when gradients overflow and doubled when they have not for long."""
+    initial_loss_scale: float = 16.0
+    """Scale of the first step. The loss of a micro-batch is a sum over its tokens, so scales are as many times smaller
+    as it has tokens than those of a mean."""
+    min_loss_scale: float = 2.0**-10
+    """The scale is never lowered below this."""
+    loss_scale_window: int = 1000
+    """Steps without overflow after which the scale is doubled."""
+    hysteresis: int = 2
+    """Overflows after which it is halved."""
+
+    def __post_init__(self) -> None:
+        for name in ("loss_scale", "initial_loss_scale", "min_loss_scale"):
+            value = getattr(self, name)
+            _require(
+                value is None or (math.isfinite(value) and value > 0), f"{name}={value} must be positive and finite."
+            )
+        _require(
+            self.min_loss_scale <= self.initial_loss_scale,
+            f"min_loss_scale={self.min_loss_scale} is above initial_loss_scale={self.initial_loss_scale}.",
+        )
+        for name in ("loss_scale_window", "hysteresis"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """A precision with settings of its own: exactly one of the two."""
+
+    fp8: Fp8Config | None = None
+    """FP8 matrix products on top of bf16."""
+    fp16: Fp16Config | None = None
+    """fp16 with these settings of the loss scale; ``precision: fp16`` takes the defaults."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.fp8 is None) != (self.fp16 is None),
+            "fp8 and fp16: exactly one of them is a precision, as in precision: {fp8: {recipe: delayed}}; or write one "
+            "of the words bf16, fp16, fp32.",
+        )
+
+
+Precision = Literal["bf16", "fp16", "fp32"] | PrecisionConfig
+ParamsDtype = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendConfig:
+    """Whose kernels compute (docs/precision.md). ``auto`` takes the fastest there is; the log says which and why."""
+
+    layers: Literal["auto", "te", "local"] = "auto"
+    """Linear layers and norms: Transformer Engine's, or Megatron's own with our norm (``local``)."""
+    attention: Literal["auto", "te", "flash", "sdpa", "unfused"] = "auto"
+    """Attention: Transformer Engine's, the flash-attn package, torch's scaled dot product, or plain matrix products."""
+    optimizer: Literal["auto", "te", "apex", "torch"] = "auto"
+    """AdamW's kernel: fused of Transformer Engine or NVIDIA apex, or torch's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How long and in what batches."""
@@ -383,8 +488,6 @@ class TrainingConfig:
     rampup_batch_size: tuple[int, ...] = ()
     """``[start, increment, samples]``: the global batch grows from ``start`` by ``increment`` to ``global_batch_size``
     over the first ``samples`` samples, as Megatron's. The budget stays; the run takes more steps. Empty: constant."""
-    params_dtype: Literal["fp32", "bf16"] = "fp32"
-    """``bf16`` keeps fp32 main weights and gradients."""
     load_weights: str | None = None
     """Checkpoint whose weights the run starts from (``xalign convert from-hf``, or another run's); optimizer and data
     start afresh."""
@@ -546,6 +649,8 @@ class CaptureConfig:
     """Probe pairs that scores (``scores.jsonl``) are computed on at every probe; 0: no scores."""
     on_error: Literal["stop", "disable"] = "stop"
     """What becomes of the run when capture fails: it stops, or goes on without capture and says so in its log."""
+    quantized: bool = False
+    """Record neurons as an FP8 product reads them, not as they are before; with FP8 layers of this project only."""
 
     def __post_init__(self) -> None:
         for name in ("probe_interval_steps", "probe_batch_tokens", "stream_interval_steps"):
@@ -571,7 +676,7 @@ class LoggingConfig:
     mlflow_experiment: str | None = None
     """Experiment of MLflow; none if left out."""
     mlflow_tracking_uri: str | None = None
-    """MLflow's server; a folder of the run if left out."""
+    """MLflow's server; ``MLFLOW_TRACKING_URI``, or else a folder of the run, if left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -594,6 +699,10 @@ class RunConfig:
     """What it reads."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How long, in what batches."""
+    precision: Precision = "fp32"
+    """``bf16``, ``fp16`` (both keep fp32 main weights and gradients), ``fp32``, or ``{fp8: {recipe: ...}}``."""
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    """Whose kernels compute."""
     capture: CaptureConfig | None = None
     """What is watched; nothing if left out."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -649,6 +758,58 @@ class RunConfig:
             + f" is not divisible by parallel.tensor_model_parallel_size={tensor}, which sequence_parallel needs.",
         )
 
+    @classmethod
+    def from_older(cls, tree: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+        """Settings as they are written now; configs of older runs and checkpoints say ``training.params_dtype``."""
+        training = tree.get("training")
+        if not isinstance(training, Mapping) or "params_dtype" not in training:
+            return tree
+        older = training["params_dtype"]
+        if older not in get_args(ParamsDtype):
+            raise ConfigError(
+                f"{path}training.params_dtype={older!r} is not one of fp32, bf16, fp16; the setting is called "
+                f"{path}precision now."
+            )
+        if tree.get("precision", older) != older:
+            raise ConfigError(
+                f"{path}training.params_dtype={older} and {path}precision={tree['precision']} say different things; "
+                "leave out the first, which is the older name."
+            )
+        rest = {key: value for key, value in training.items() if key != "params_dtype"}
+        return {**tree, "training": rest, "precision": older}
+
+    @property
+    def params_dtype(self) -> ParamsDtype:
+        """Type of weights and activations."""
+        if isinstance(self.precision, PrecisionConfig):
+            return "bf16" if self.precision.fp8 is not None else "fp16"
+        return self.precision
+
+    @property
+    def fp8(self) -> Fp8Config | None:
+        """The FP8 settings; None where matrix products are of the type of weights."""
+        return self.precision.fp8 if isinstance(self.precision, PrecisionConfig) else None
+
+    @property
+    def precision_name(self) -> str:
+        """The precision in a few words: ``bf16``, ``FP8 (delayed, hybrid)``."""
+        return self.params_dtype if self.fp8 is None else f"FP8 ({self.fp8.recipe}, {self.fp8.format})"
+
+    @property
+    def length_multiple_of(self) -> int:
+        """What the padded length of a batch must be a multiple of: whole FP8 blocks on every rank."""
+        if self.fp8 is None:
+            return 1
+        parts = self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
+        return FP8_MULTIPLE_OF[self.fp8.recipe] * parts
+
+    @property
+    def fp16(self) -> Fp16Config | None:
+        """How the loss is scaled; None where it is not fp16."""
+        if isinstance(self.precision, PrecisionConfig):
+            return self.precision.fp16
+        return Fp16Config() if self.precision == "fp16" else None
+
     @property
     def train_samples(self) -> int:
         """Samples of the whole run."""
@@ -672,6 +833,18 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), into: type[Conf
         ConfigError: the file is missing or not YAML, a key is unknown, or a value does not fit.
     """
     target: type[Any] = into or RunConfig
+    tree = read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    return typing.cast(ConfigType, from_tree(target, tree))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file of settings as plain values.
+
+    Raises:
+        ConfigError: it is missing, not YAML, or not a mapping.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -685,13 +858,14 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), into: type[Conf
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {path} holds a {type(tree).__name__}; a mapping of settings is expected.")
-    for override in overrides:
-        _apply_override(tree, override)
-    return typing.cast(ConfigType, from_tree(target, tree))
+    return tree
 
 
 def from_tree(target: type[ConfigType], tree: Mapping[str, Any], path: str = "") -> ConfigType:
     """Build a config dataclass from plain mappings; errors carry the dotted path of the setting."""
+    upgrade = getattr(target, "from_older", None)
+    if upgrade is not None:
+        tree = upgrade(tree, path)
     hints = typing.get_type_hints(target)
     known = [item.name for item in dataclasses.fields(typing.cast(Any, target))]
     values = {}
@@ -770,7 +944,18 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         choices = [choice for choice in get_args(hint) if choice is not type(None)]
         if value is None and type(None) in get_args(hint):
             return None
-        return _convert(choices[0], value, path)
+        # A word or a group of settings: precision: bf16, precision: {fp8: {...}}.
+        groups = [choice for choice in choices if dataclasses.is_dataclass(choice)]
+        if not groups:
+            return _convert(choices[0], value, path)
+        if isinstance(value, dict):
+            return _convert(groups[0], value, path)
+        words = next((choice for choice in choices if get_origin(choice) is Literal), None)
+        if words is None or value not in get_args(words):
+            inside = " or ".join(item.name for item in dataclasses.fields(groups[0]))
+            said = "should be a" if words is None else f"is not one of {', '.join(map(str, get_args(words)))} and no"
+            raise ConfigError(f"{path}={value!r} {said} group of settings ({path}: {{{inside}: ...}}).")
+        return value
     if origin is Literal:
         if value not in get_args(hint):
             raise ConfigError(f"{path}={value!r} is not one of {', '.join(map(str, get_args(hint)))}.")

@@ -241,3 +241,23 @@ def describe_series(report: Mapping[str, Any]) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+
+
+def describe_steering(report: Mapping[str, Any], out: Path) -> str:
+    """What steering did, beside the same prompts unsteered."""
+    target = report["options"]["target"]
+    lines = [
+        f"strength {report['chosen_strength']:g}, chosen among {len(report['search'])} on "
+        f"{report['chosen_on']['prompts']} prompts of its own; on the reported ones:",
+        f"  {'':34s}{'unsteered':>12s}{'steered':>12s}",
+    ]
+    for name, what in (
+        ("language_rate", f"identified as {target}"), ("source_language_rate", "identified as the prompts' language"),
+        ("undetermined", "too short to tell"), ("perplexity", "perplexity, unsteered model"),
+        ("distinct_2", "different 2-grams"), ("repeated_4gram_rate", "repeated 4-grams"),
+    ):  # fmt: skip
+        lines.append(f"  {what:34s}{report['unsteered'][name]:12.4g}{report['steered'][name]:12.4g}")
+    for name in ("coherence", "fluency") if "judge" in report else ():
+        judged = report["judge"]
+        lines.append(f"  {'judge: ' + name:34s}{judged['unsteered'][name]:12.3g}{judged['steered'][name]:12.3g}")
+    return "\n".join([*lines, f"  {out / 'steering.json'}"])

@@ -18,6 +18,7 @@ from megatron_xalign.cli import (
     preprocessing,
     quickstart,
     runs,
+    steering,
     study,
     tokens,
 )
@@ -61,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         launching,
         capturing,
         study,
+        steering,
         conversion,
         machine,
     ):

@@ -53,6 +53,7 @@ from megatron_xalign.formats.checkpoint_folder import (
     remove_leftovers,
     step_folder,
 )
+from megatron_xalign.names import FP8_STATE, MAIN_WEIGHT
 from megatron_xalign.topology import LocalPart, ObserverState, Ranks
 
 __all__ = [
@@ -65,9 +66,9 @@ EXTRA_KEYS = ("config", "consumed_samples", "tokenizer_sha256", "vocab_size")
 
 _ONE_OF_EACH = {"context_parallel_size": 1, "virtual_pipeline_model_parallel_size": 1}
 """Layout of checkpoints that do not say."""
-_MAIN_WEIGHT = "optimizer.state.param."
 _OBSERVER = "observers."
-_EXTRA_STATE = "_extra_state"
+# What layers keep beside their weights: Transformer Engine's FP8 state (None elsewhere), and that of our FP8 layers.
+_LAYER_STATE = ("_extra_state", *FP8_STATE)
 
 log = logging.getLogger(__name__)
 
@@ -294,7 +295,7 @@ def load_weights(folder: str | Path, model_chunks: Sequence[Any], ranks: Ranks) 
     folder = Path(folder)
     manifest = read_manifest(folder)
     _check_files(folder, manifest, ranks)
-    _load_model(folder, model_chunks, weights_only=bool(manifest.get("weights_only")))
+    _load_model(folder, model_chunks, weights_only=True)
     return {"step": manifest["step"], "extra": manifest["extra"]}
 
 
@@ -592,30 +593,31 @@ def _optimizer_state(optimizer: Any, model_state: dict[str, Any], is_loading: bo
         inner["state"].pop("common_step", None)
     if "param_state_sharding_type" in state:
         state["param_state_sharding_type"] = LocalNonpersistentObject(state["param_state_sharding_type"])
-    single_precision = not _single(optimizer).config.bf16
+    config = _single(optimizer).config
+    single_precision = not (config.bf16 or config.fp16)
     if single_precision and not is_loading:
         for tensors in state.get("param_state", {}).values():
             del tensors["param"]
     for value in nested_values(state):
         if isinstance(value, (ShardedTensor, ShardedTensorFactory)):
-            value.key = value.key.replace("optimizer.state.fp32_param.", _MAIN_WEIGHT)
+            value.key = value.key.replace("optimizer.state.fp32_param.", MAIN_WEIGHT)
             if single_precision:
-                value.key = value.key.removeprefix(_MAIN_WEIGHT)
+                value.key = value.key.removeprefix(MAIN_WEIGHT)
     return state
 
 
 def _load_model(folder: Path, model_chunks: Sequence[Any], weights_only: bool = False) -> None:
     state = _model_state(model_chunks)
     if weights_only:
-        # What a converter writes has the numbers and none of the notes layers keep about themselves.
+        # Scales belong to the run that found them, and what a converter writes has none.
         state = {
-            chunk: {name: value for name, value in parts.items() if not name.endswith(_EXTRA_STATE)}
+            chunk: {name: value for name, value in parts.items() if not name.endswith(_LAYER_STATE)}
             for chunk, parts in state.items()
         }
     loaded = _load_with_core(state, folder)
     for number, chunk in enumerate(model_chunks):
         missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=not weights_only)
-        absent = [name for name in missing if not name.endswith(_EXTRA_STATE)]
+        absent = [name for name in missing if not name.endswith(_LAYER_STATE)]
         if absent or unexpected:
             raise CheckpointError(
                 f"checkpoint {folder} does not fit this model: {', '.join([*absent, *unexpected])} in one and not in "

@@ -13,7 +13,9 @@ import torch
 from megatron_xalign.batch import Batch, CurrentBatch, context_chunks
 from megatron_xalign.topology import Ranks
 from megatron_xalign.training.checkpoint import unwrap
+from megatron_xalign.training.fp8_linear import end_step as end_fp8_step
 from megatron_xalign.training.positions import call_model
+from megatron_xalign.training.te_state import undisturbed
 from megatron_xalign.training.z_loss import take_z_loss
 
 ForwardOnly = Callable[[Sequence[Batch]], list[torch.Tensor] | None]
@@ -76,6 +78,7 @@ def forward_backward(
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
     )
+    end_fp8_step(model_chunks)
 
 
 def build_forward_only(model_chunks: Sequence[Any], ranks: Ranks, current_batch: CurrentBatch) -> ForwardOnly:
@@ -96,7 +99,7 @@ def build_forward_only(model_chunks: Sequence[Any], ranks: Ranks, current_batch:
         try:
             for chunk in model_chunks:
                 chunk.eval()
-            with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            with torch.no_grad(), torch.random.fork_rng(devices=devices), undisturbed(model_chunks):
                 for batch in batches:
                     loss_BS = _forward_one(model_chunks, batch.to(ranks.device), current_batch, ranks)
                     losses += [] if loss_BS is None else [loss_BS]

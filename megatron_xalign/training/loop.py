@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ from megatron_xalign.topology import ObserverState, Ranks
 from megatron_xalign.training.forward import forward_backward
 from megatron_xalign.training.guard import LossGuard, Verdict
 from megatron_xalign.training.heartbeat import Heartbeat
-from megatron_xalign.training.metrics import LossSums, append_metrics, truncate_metrics
+from megatron_xalign.training.metrics import LossSums, append_metrics, readable, truncate_metrics
 from megatron_xalign.training.optimizer import Optimizer
 from megatron_xalign.training.speed import speed_of
 from megatron_xalign.training.stopping import StopRequest
@@ -208,6 +209,7 @@ def fit(
                 seconds = time.monotonic() - interval_start
                 line = metrics = {
                     **metrics, **means, **({} if guard is None else guard.counts()),
+                    **({} if optimizer.loss_scale is None else {"loss_scale": optimizer.loss_scale}),
                     **speed_of(
                         interval_tokens / max(compute_seconds, 1e-9), flops_per_token, ranks.world_size, ranks.device
                     ),
@@ -216,7 +218,10 @@ def fit(
                 }
                 if ranks.rank == 0:
                     append_metrics(metrics_path, line)
-                log.debug("step %d: loss %.4f, gradient norm %s, lr %.3g", done, means["loss"], grad_norm, lr)
+                # In a terminal the bar says it.
+                log.log(
+                    logging.DEBUG if sys.stderr.isatty() else logging.INFO, "%s", readable(line, sizes.num_steps)
+                )
                 speed = f"{line['tokens_per_second']:,.0f} tokens/s"
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed}", refresh=False)
                 interval_start, compute_seconds, interval_tokens = time.monotonic(), 0.0, 0

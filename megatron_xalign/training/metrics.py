@@ -124,6 +124,24 @@ class LossSums:
         return means_and_counts
 
 
+def readable(line: Mapping[str, Any], train_steps: int) -> str:
+    """A line of metrics for people who read a log: what is learned, whether it is well, how fast, how long still."""
+    languages = ", ".join(f"{name} {loss:.3f}" for name, loss in line.get("loss_by_language", {}).items())
+    loss = f"loss {line['loss']:.4f}" + (f" ({languages})" if languages else "")
+    parts = [f"step {line['step']}/{train_steps}", loss]
+    if "parallel_fraction" in line:
+        parts.append(f"parallel {100 * line['parallel_fraction']:.2f} %")
+    if line.get("grad_norm") is not None:
+        parts.append(f"gradient {line['grad_norm']:.3f}")
+    parts += [f"lr {line['lr']:.3g}", f"{line['tokens_per_second']:,.0f} tokens/s"]
+    if "mfu" in line:
+        parts.append(f"MFU {100 * line['mfu']:.1f} %")
+    minutes, seconds = divmod(round(line["seconds_left"]), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts += [f"{line['memory_gib']:.1f} GiB", f"{hours}:{minutes:02d}:{seconds:02d} left"]
+    return " | ".join(parts)
+
+
 def append_metrics(path: Path, line: Mapping[str, Any]) -> None:
     """Add one line to ``metrics.jsonl`` and hand it to the operating system at once."""
     with path.open("a", encoding="utf-8") as file:

@@ -10,15 +10,17 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_xalign.config import ModelConfig, ParallelConfig, TrainingConfig
+from megatron_xalign.config import ModelConfig, ParallelConfig, ParamsDtype, TrainingConfig
 from megatron_xalign.errors import ConfigError
 from megatron_xalign.topology import Ranks
+from megatron_xalign.training import precision
+from megatron_xalign.training.backends import PLAIN, Choice, attention_class, final_norm, te_layer_spec, with_own_fp8
+from megatron_xalign.training.fp8_linear import enable_fp8
 from megatron_xalign.training.initial_weights import initialize
 from megatron_xalign.training.layers import CausalAttention, Norm
 from megatron_xalign.training.positions import place_tokens
 from megatron_xalign.training.z_loss import add_z_loss
 
-ParamsDtype = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_size: int) -> i
 
 def transformer_config(
     config: ModelConfig, parallel: ParallelConfig, params_dtype: ParamsDtype, recompute: Recompute,
+    choice: Choice = PLAIN,
     training: TrainingConfig | None = None,
 ) -> Any:
     """Megatron's ``TransformerConfig`` for a model of ours.
@@ -50,7 +53,7 @@ def transformer_config(
     # Imported late, here and below: the CPU backend must be in place first.
     from megatron.core.transformer import TransformerConfig
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[params_dtype]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[params_dtype]
     settings: dict[str, Any] = {
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -76,6 +79,7 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": params_dtype == "bf16",
+        "fp16": params_dtype == "fp16",
         # The loss of a micro-batch is a sum over tokens; gradients are divided by the tokens of the global batch.
         "calculate_per_token_loss": True,
         # training.initial_weights fills them.
@@ -96,6 +100,9 @@ def transformer_config(
         # same two processes. Megatron-LM sets the same for interleaved schedules.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     settings |= _recompute_settings(config, parallel, recompute, training or TrainingConfig())
+    if choice.layers == "te":
+        # Our own FP8 is no setting of Megatron's.
+        settings |= precision.megatron_settings(choice.fp8)
     known = {item.name for item in dataclasses.fields(TransformerConfig)}
     unknown = sorted(set(settings) - known)
     if unknown:
@@ -145,6 +152,7 @@ def build_model(
     reset_position_ids: bool = False,
     reset_attention_mask: bool = False,
     training: TrainingConfig | None = None,
+    choice: Choice = PLAIN,
 ) -> list[Any]:
     """Build this rank's part of the model, with initial weights, wrapped for data-parallel training.
 
@@ -163,6 +171,7 @@ def build_model(
             count the tokens of a sample.
         reset_attention_mask: tokens attend to tokens with their document id only.
         training: how recomputation is done and the weight of the z-loss; the defaults if left out.
+        choice: whose kernels compute, and whether in FP8, as ``backends.choose`` found.
 
     Returns:
         Model chunks of this pipeline stage, one for each of its blocks of layers in their order: Megatron's
@@ -181,9 +190,15 @@ def build_model(
             f"a vocabulary of {padded_vocab_size} rows cannot be divided over tensor_model_parallel_size="
             f"{ranks.tensor_size}; pad it with model.make_vocab_size_divisible_by."
         )
-    megatron_config = transformer_config(config, parallel, params_dtype, recompute, training)
+    if choice.attention != "sdpa" and (reset_attention_mask or ranks.context_size > 1):
+        raise ConfigError(
+            f"backend.attention={choice.attention} knows neither data.reset_attention_mask nor "
+            "parallel.context_parallel_size above 1; use backend.attention=sdpa."
+        )
+    megatron_config = transformer_config(config, parallel, params_dtype, recompute, choice, training)
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.use_distributed_optimizer
+        grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.use_distributed_optimizer,
+        **precision.data_parallel_settings(choice.fp8 if choice.layers == "te" else None),
     )
     chunks = []
     for virtual in range(ranks.virtual_size):
@@ -192,7 +207,8 @@ def build_model(
         model = GPTModel(
             config=megatron_config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[_layer_spec(config)] * get_num_layers_to_build(megatron_config, stage), layer_norm=Norm
+                layer_specs=[_layer_spec(config, choice)] * get_num_layers_to_build(megatron_config, stage),
+                layer_norm=final_norm(config, choice, Norm),
             ),
             vocab_size=padded_vocab_size,
             max_sequence_length=seq_length,
@@ -211,11 +227,13 @@ def build_model(
             _mask_padding(model, vocab_size, ranks)
         if is_last and training is not None and training.z_loss_coefficient:
             add_z_loss(model, training.z_loss_coefficient, ranks)
+        if choice.fp8 is not None and choice.layers == "local":
+            enable_fp8(model, choice.fp8, config.num_layers)
         place_tokens(model, ranks, reset_position_ids=reset_position_ids, reset_attention_mask=reset_attention_mask)
         model.to(ranks.device)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         log.debug("process %d holds %d parameters.", ranks.rank, num_parameters)
-        if params_dtype == "bf16":
+        if params_dtype != "fp32":
             model = Float16Module(megatron_config, model)
         chunks.append(
             DistributedDataParallel(
@@ -242,15 +260,19 @@ def _mask_padding(model: Any, vocab_size: int, ranks: Ranks) -> None:
     model.output_layer.register_forward_hook(hook)
 
 
-def _layer_spec(config: ModelConfig) -> Any:
-    """Megatron's own layer with our norm and attention in it."""
+def _layer_spec(config: ModelConfig, choice: Choice) -> Any:
+    """Megatron's own layer with our norm and attention in it, or with Transformer Engine's parts."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
+    if choice.layers == "te":
+        return te_layer_spec(config, choice, Norm, CausalAttention)
     spec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     spec.submodules.input_layernorm = Norm
     spec.submodules.pre_mlp_layernorm = Norm
     attention = spec.submodules.self_attention.submodules
-    attention.core_attention = CausalAttention
+    attention.core_attention = attention_class(choice, CausalAttention)
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
+    if choice.fp8 is not None:
+        with_own_fp8(spec)
     return spec

@@ -87,9 +87,9 @@ def memory_by_stage(
 ) -> list[MemoryOfRank]:
     """What a process of each pipeline stage holds while it trains.
 
-    Weights in ``params_dtype``, gradients in float32, AdamW's two moments and, for bf16, main weights in float32; the
-    distributed optimizer divides these three among data-parallel ranks. Activations: the tensors that the backward pass
-    of each layer reads, for as many micro-batches as are under way on that stage in Megatron's 1F1B schedule, plain or
+    Weights in ``params_dtype``, gradients in float32, AdamW's two moments and, unless weights are, main weights in
+    float32; the distributed optimizer divides these three. Activations: the tensors that the backward pass of each
+    layer reads, for as many micro-batches as are under way on that stage in Megatron's 1F1B schedule, plain or
     interleaved; with full recompute each layer's input only, and one layer's tensors while it is recomputed; on the
     last stage logits in float32 and their gradient. Of every sequence a context-parallel rank keeps its part, and one
     layer's keys and values of the whole. Fragmentation, communication buffers and the libraries themselves come on top.
@@ -126,7 +126,7 @@ def memory_by_stage(
                 parameters=parameters,
                 weights=parameters * width,
                 gradients=parameters * 4,
-                optimizer=parameters * (8 + (4 if params_dtype == "bf16" else 0)) // sharded,
+                optimizer=parameters * (8 + (0 if params_dtype == "fp32" else 4)) // sharded,
                 activations=int(tokens * per_token),
             )
         )

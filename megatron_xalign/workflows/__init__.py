@@ -11,6 +11,12 @@ from megatron_xalign.workflows.conversion import (
     convert_from_hf,
     convert_to_hf,
     is_converted,
+    stated_model,
+)
+from megatron_xalign.workflows.steering import (
+    SteerOptions,
+    plan_steering,
+    steer,
 )
 from megatron_xalign.workflows.study import (
     analyze,
@@ -48,6 +54,7 @@ from megatron_xalign.workflows.training import (
 
 __all__ = [
     "CHECK_FILE",
+    "SteerOptions",
     "analyze",
     "audit_blend",
     "capture",
@@ -71,12 +78,15 @@ __all__ = [
     "merge",
     "outcome",
     "plan_preprocessing",
+    "plan_steering",
     "preprocess",
     "preprocess_all",
     "preprocess_task",
     "preprocess_with_datatrove",
     "registry_packages",
     "report",
+    "stated_model",
+    "steer",
     "token_statistics",
     "train",
     "train_tokenizer",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def train(config: RunConfig) -> Path:
     from megatron_xalign.data.evaluation import build_evaluation
     from megatron_xalign.data.tokenizer import Tokenizer
     from megatron_xalign.formats.token_file import check_same_tokenizer
-    from megatron_xalign.training import checkpoint, loop
+    from megatron_xalign.training import backends, checkpoint, loop
     from megatron_xalign.training.forward import build_forward_only
     from megatron_xalign.training.guard import build_guard
     from megatron_xalign.training.heartbeat import Heartbeat
@@ -77,6 +78,8 @@ def train(config: RunConfig) -> Path:
     sizes = batch_sizes(training)
     probe = _tokenized_probe(config.data, tokenizer) if config.capture else []
     held_out = build_evaluation(config) if training.eval_interval_steps else None
+    # Before anything is built: what cannot run here is said now.
+    choice = backends.choose(config, backends.look(int(os.environ.get("LOCAL_RANK", "0"))))
     with topology.start(config.parallel, config.seed) as ranks:
         loop.check_batches(training, ranks)
         num_ids = _num_ids(config, tokenizer)
@@ -94,12 +97,13 @@ def train(config: RunConfig) -> Path:
             }
             start_run(config, command_line(), layout, facts)
             write_json(run.audit_path, blend.audit([ranks.data_size]))
+            log.info("%s: %s.", config.precision_name, choice.describe())
         ranks.barrier()
         model_chunks = build_model(
             config.model, padded_vocab_size=vocab_size, seq_length=config.data.seq_length, parallel=config.parallel,
-            params_dtype=config.training.params_dtype, recompute=config.training.recompute, ranks=ranks,
+            params_dtype=config.params_dtype, recompute=config.training.recompute, ranks=ranks,
             seed=config.seed, vocab_size=num_ids, reset_position_ids=config.data.reset_position_ids,
-            reset_attention_mask=config.data.reset_attention_mask, training=training,
+            reset_attention_mask=config.data.reset_attention_mask, training=training, choice=choice,
         )
         newest = checkpoint.latest_checkpoint(run.checkpoints, ranks)
         if newest is None and config.training.load_weights is not None:
@@ -107,8 +111,8 @@ def train(config: RunConfig) -> Path:
             checkpoint.load_weights(config.training.load_weights, model_chunks, ranks)
             log.info("weights of %s.", config.training.load_weights)
         optimizer = build_optimizer(
-            model_chunks, config.optimizer, parallel=config.parallel, params_dtype=config.training.params_dtype,
-            train_steps=blend.train_steps, schedule_unit=sizes.schedule_unit,
+            model_chunks, config.optimizer, parallel=config.parallel, params_dtype=config.params_dtype,
+            train_steps=blend.train_steps, schedule_unit=sizes.schedule_unit, fp16=config.fp16, choice=choice,
         )
         start_step, loss_state = 0, None
         if newest is not None:
@@ -143,7 +147,7 @@ def train(config: RunConfig) -> Path:
             observers.append(neurons)
 
         saver = Saver(run.checkpoints, training, ranks, model_chunks, optimizer.megatron, optimizer.scheduler)
-        guard = build_guard(training, ranks)
+        guard = build_guard(training, ranks, check_gradients=config.fp16 is None)
         if guard is not None and newest is not None:
             kept = checkpoint.load_observer_state(newest, guard.name, lambda values: {}, ranks)
             if kept is not None:
@@ -174,7 +178,8 @@ def train(config: RunConfig) -> Path:
             return saver.save(step, extra, states)
 
         if ranks.rank == 0:
-            observers += build_trackers(config, run.path, start_step)
+            # First in the list, so the last to hear of a step: capture has added its scores by then.
+            observers[:0] = build_trackers(config, run.path, start_step)
         heartbeat = Heartbeat(
             ranks, 0.8 * config.parallel.distributed_timeout_seconds, config.parallel.heartbeat_interval_seconds,
             launch.end_stuck_job,
@@ -258,7 +263,7 @@ def describe_run(config: RunConfig, processes: int | None) -> str:
         config.model, layout, padded_vocab_size=rows, seq_length=config.data.seq_length,
         micro_batch_size=training.micro_batch_size,
         num_microbatches=max(training.global_batch_size // (training.micro_batch_size * data_size), 1),
-        params_dtype=training.params_dtype, recompute=training.recompute, data_size=data_size,
+        params_dtype=config.params_dtype, recompute=training.recompute, data_size=data_size,
     )
     flops = flops_per_token(config.model, rows, config.data.seq_length)
     return (

@@ -67,7 +67,7 @@ class Run:
 
         self.folder, self.ranks, self.config = folder, ranks, config
         folder.mkdir(parents=True, exist_ok=True)
-        dtype = config.training.params_dtype
+        dtype = config.params_dtype
         self.chunks = build_model(
             config.model,
             padded_vocab_size=padded_vocab_size(VOCAB, config.model.make_vocab_size_divisible_by, ranks.tensor_size),
@@ -122,9 +122,10 @@ def configure(
         parallel=from_tree(ParallelConfig, {"distributed_timeout_seconds": 60, **(parallel or {})}),
         optimizer=OptimizerConfig(lr=lr, min_lr=3e-4, lr_warmup_steps=2), data=DataConfig(seq_length=LENGTH),
         training=from_tree(TrainingConfig, {
-            "train_steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "params_dtype": params_dtype,
-            "log_interval_steps": 1, "save_interval_steps": SAVED_AT,
+            "train_steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "log_interval_steps": 1,
+            "save_interval_steps": SAVED_AT,
         }),
+        precision=params_dtype,  # type: ignore[arg-type]
     )
 
 

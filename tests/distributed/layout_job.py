@@ -114,12 +114,12 @@ def _train(
     )
     with topology.start(layout, seed=1) as ranks:
         chunks = build_model(
-            network, padded_vocab_size=PADDED, seq_length=LENGTH, parallel=layout, params_dtype=config.params_dtype,
+            network, padded_vocab_size=PADDED, seq_length=LENGTH, parallel=layout, params_dtype="fp32",
             recompute=config.recompute, ranks=ranks, seed=7 if load is None else 8, vocab_size=VOCAB,
             reset_position_ids=read.reset_position_ids, reset_attention_mask=read.reset_attention_mask, training=config,
         )
         optimizer = build_optimizer(
-            chunks, OPTIMIZER, parallel=layout, params_dtype=config.params_dtype, train_steps=STEPS,
+            chunks, OPTIMIZER, parallel=layout, params_dtype="fp32", train_steps=STEPS,
             schedule_unit=batch_sizes(config).schedule_unit,
         )
         current_batch, start_step, loss_state, observed = CurrentBatch(), 0, None, None
