@@ -241,3 +241,42 @@ def describe_series(report: Mapping[str, Any]) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+
+
+def describe_steering(report: Mapping[str, Any], out: Path) -> str:
+    """What steering did, beside the same prompts unsteered."""
+    target = report["options"]["target"]
+    lines = [
+        f"strength {report['chosen_strength']:g}, chosen among {len(report['search'])} on "
+        f"{report['chosen_on']['prompts']} prompts of its own; on the reported ones:",
+        f"  {'':34s}{'unsteered':>12s}{'steered':>12s}",
+    ]
+    for name, what in (
+        ("language_rate", f"identified as {target}"), ("source_language_rate", "identified as the prompts' language"),
+        ("undetermined", "too short to tell"), ("perplexity", "perplexity, unsteered model"),
+        ("distinct_2", "different 2-grams"), ("repeated_4gram_rate", "repeated 4-grams"),
+    ):  # fmt: skip
+        lines.append(f"  {what:34s}{report['unsteered'][name]:12.4g}{report['steered'][name]:12.4g}")
+    for name in ("coherence", "fluency") if "judge" in report else ():
+        judged = report["judge"]
+        lines.append(f"  {'judge: ' + name:34s}{judged['unsteered'][name]:12.3g}{judged['steered'][name]:12.3g}")
+    return "\n".join([*lines, f"  {out / 'steering.json'}"])
+
+
+def describe_ablation(report: Mapping[str, Any], out: Path) -> str:
+    """Whose neurons were switched off against whose loss changed."""
+    languages = report["languages"]
+    lines = [
+        f"change of the loss in nats per token, over {report['num_pairs']} pairs; in brackets: as many random neurons",
+        f"  {'neurons of':18s}" + "".join(f"{'loss of ' + language:>26s}" for language in languages),
+    ]
+    for number, language in enumerate(languages):
+        cells = [
+            f"{own:+.4f} ({random:+.4f})"
+            for own, random in zip(*(report["change"][kind][number] for kind in ("language", "random")), strict=True)
+        ]
+        lines.append(
+            f"  {language + ' ' + format(report['num_neurons'][language], ','):18s}"
+            + "".join(f"{cell:>26s}" for cell in cells)
+        )
+    return "\n".join([*lines, f"  {out}"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ from megatron_xalign.capture.probe import (
 )
 from megatron_xalign.capture.recorder import Recorder, Together
 from megatron_xalign.capture.samples import NeuronSamples
-from megatron_xalign.capture.scores import ScoreFunctions, append_scores, score_probe
+from megatron_xalign.capture.scores import ScoreFunctions, append_scores, numbers_by_layer, score_probe
 from megatron_xalign.capture.writing import agree, error_of, holds_totals, residual_columns, write_statistics
 from megatron_xalign.config import RunConfig, to_tree
 from megatron_xalign.errors import CheckpointError, ConfigError
@@ -100,11 +101,14 @@ class NeuronObserver:
         self._probe_sha256 = probe_sha256(probe) if probe else ""
         self._languages = tuple(languages)
         self._recorder = Recorder(
-            model_chunks, ranks, current_batch, layers=self._capture.layers, defer_errors=True
+            model_chunks, ranks, current_batch, layers=self._capture.layers, defer_errors=True,
+            quantized=self._capture.quantized,
         )
         self._batches = build_probe_batches(
             probe, languages, eod_id, self._capture.probe_batch_tokens, config.data.seq_length,
-            multiple_of=ranks.tensor_size if self._recorder.sequence_parallel else 1,
+            multiple_of=math.lcm(
+                ranks.tensor_size if self._recorder.sequence_parallel else 1, config.length_multiple_of
+            ),
         )
         self._sums: StreamSums | None = None
         if self._capture.stream:
@@ -228,7 +232,7 @@ class NeuronObserver:
                 self._window_first = None
                 if self._scores and isinstance(metrics, MutableMapping):
                     # For observers that hear of this step later: the first in the run's list is the last.
-                    metrics["scores"] = self._scores
+                    metrics["scores"] = numbers_by_layer(self._scores)
 
     def after_save(self, step: int, path: Path) -> None:
         """Nothing: what is captured travels in the checkpoint."""

@@ -102,6 +102,8 @@ class Recorder:
         layers: global, 0-based layers to listen to; all if left out.
         defer_errors: an error in a hook ends listening and is raised by ``stop``, so that the forward and backward
             passes go on. Otherwise it is raised where it happens.
+        quantized: hand out neurons as the FP8 product after them reads them, not as they are before quantisation;
+            layers that compute in more bits are handed out as they are.
 
     Raises:
         ConfigError: the model has a setting under which the numbers could not be exact, or lacks one of the layers;
@@ -115,7 +117,9 @@ class Recorder:
         current_batch: CurrentBatch,
         layers: Sequence[int] | None = None,
         defer_errors: bool = False,
+        quantized: bool = False,
     ) -> None:
+        self._quantized = quantized
         points = model if isinstance(model, ModelPoints) else megatron_points(model, ranks)
         missing = sorted(set(layers or ()) - set(range(points.num_layers)))
         if missing:
@@ -222,7 +226,14 @@ class Recorder:
         self._seen[what, row] = 0
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._hand_over(what, row, take, lambda: args[0] if args else kwargs.get("hidden_states"))
+            def find() -> torch.Tensor | None:
+                tensor = args[0] if args else kwargs.get("hidden_states")
+                if what == "neurons" and self._quantized and tensor is not None:
+                    through_fp8: Any = module.quantised_copy
+                    return through_fp8(tensor)
+                return tensor
+
+            self._hand_over(what, row, take, find)
 
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 

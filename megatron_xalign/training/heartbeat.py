@@ -140,21 +140,19 @@ class Watch:
     def __init__(self, limit_seconds: float, world_size: int) -> None:
         self._limit, self._world_size = limit_seconds, world_size
         self._heard: dict[int, tuple[int, float]] = {}
+        self._began: float | None = None
 
     def problem(self, beats: Sequence[Beat], now: float) -> str | None:
         """What is wrong, in words; None if nothing is."""
+        self._began = now if self._began is None else self._began
         for beat in beats:
             if self._heard.get(beat.rank, (-1, 0.0))[0] != beat.number:
                 self._heard[beat.rank] = (beat.number, now)
-        silent = [beat for beat in beats if now - self._heard[beat.rank][1] > self._limit]
-        if silent:
-            first = min(silent, key=lambda beat: self._heard[beat.rank][1])
-            seconds = now - self._heard[first.rank][1]
-            return (
-                f"process {first.rank} on {first.host} has not been heard of for {seconds:.0f} s: it, or its machine, "
-                f"stands still. It was {_where(first)}."
-            )
-        if not any(beat.bounded and beat.seconds > self._limit for beat in beats):
+        is_stuck = any(beat.bounded and beat.seconds > self._limit for beat in beats)
+        # Where the others are stuck, half the limit is silence enough.
+        if silent := self._silent(beats, now, self._limit / 2 if is_stuck else self._limit):
+            return silent
+        if not is_stuck:
             return None
         last = min(beat.marks for beat in beats)
         behind = [beat for beat in beats if beat.marks == last]
@@ -170,6 +168,20 @@ class Watch:
         return (
             f"process {named} has been {_where(behind[0])} for {behind[0].seconds:.0f} s and the others wait for it. "
             f"It stands in:\n{behind[0].stack}"
+        )
+
+
+    def _silent(self, beats: Sequence[Beat], now: float, limit: float) -> str | None:
+        """Who has been silent for longer than the limit, longest first."""
+        assert self._began is not None
+        since = {rank: self._heard.get(rank, (0, self._began))[1] for rank in range(self._world_size)}
+        rank = min(since, key=lambda rank: since[rank])
+        if now - since[rank] <= limit:
+            return None
+        last = next((beat for beat in beats if beat.rank == rank), None)
+        return (
+            f"process {rank}{f' on {last.host}' if last else ''} has not been heard of for {now - since[rank]:.0f} s: "
+            "it, or its machine, stands still." + (f" It was {_where(last)}." if last else "")
         )
 
 

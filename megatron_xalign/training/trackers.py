@@ -1,8 +1,8 @@
 """The numbers of ``metrics.jsonl`` for TensorBoard, Weights & Biases and MLflow, as observers of the loop.
 
-They exist on the first process only. A service that fails, on the network or in itself, is given up with a warning:
-what it would have got is in ``metrics.jsonl``, and no run ends for it. A package that is missing is an error, before
-the first step.
+They exist on the first process only. A service that fails, on the network or in itself, is given up with a warning,
+also at the start, since a job that requeues itself at night must not end for it: what it would have got is in
+``metrics.jsonl``. A package that is missing is an error, before the first step.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ class Tracker:
         """Nothing."""
 
     def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Send a logged step."""
-        if "loss" in metrics:
+        """Send a logged step, and the scores of one that was probed."""
+        if "loss" in metrics or "scores" in metrics:
             self._try(lambda: self._send(step, dict(flat(metrics))))
 
     def after_save(self, step: int, path: Path) -> None:
@@ -89,10 +90,16 @@ def build_trackers(config: RunConfig, folder: Path, start_step: int) -> list[Tra
     if config.logging.tensorboard:
         events = EventFile(folder / "tensorboard", start_step + 1)
         found.append(Tracker("TensorBoard", events.write, events.close))
-    if config.logging.wandb_project is not None:
-        found.append(_wandb(config, config.logging, folder))
-    if config.logging.mlflow_experiment is not None:
-        found.append(_mlflow(config, config.logging, folder))
+    services = ((config.logging.wandb_project, _wandb), (config.logging.mlflow_experiment, _mlflow))
+    for asked, build in services:
+        if asked is None:
+            continue
+        try:
+            found.append(build(config, config.logging, folder))
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever the service's client raises
+            log.warning("%s cannot be reached (%s: %s); metrics.jsonl has it all.", asked, type(error).__name__, error)
     return found
 
 
@@ -119,7 +126,12 @@ def _mlflow(config: RunConfig, wanted: LoggingConfig, folder: Path) -> Tracker:
             f"logging.mlflow_experiment={wanted.mlflow_experiment} needs a package: pip install "
             "'megatron-xalign[mlflow]'."
         ) from None
-    mlflow.set_tracking_uri(wanted.mlflow_tracking_uri or (folder / "mlflow").resolve().as_uri())
+    server = wanted.mlflow_tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if server is None:
+        # Plain files need no database and no network; newer versions ask to be told that this is meant.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        server = (folder / "mlflow").resolve().as_uri()
+    mlflow.set_tracking_uri(server)
     mlflow.set_experiment(wanted.mlflow_experiment)
     id_file = folder / "mlflow-run-id"
     known = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None

@@ -1,5 +1,9 @@
 """One function per job, readable as a paragraph; the only place where rooms meet."""
 
+from megatron_xalign.workflows.ablation import (
+    AblateOptions,
+    ablate,
+)
 from megatron_xalign.workflows.capturing import (
     capture,
     describe_capture,
@@ -11,6 +15,12 @@ from megatron_xalign.workflows.conversion import (
     convert_from_hf,
     convert_to_hf,
     is_converted,
+    stated_model,
+)
+from megatron_xalign.workflows.steering import (
+    SteerOptions,
+    plan_steering,
+    steer,
 )
 from megatron_xalign.workflows.study import (
     analyze,
@@ -48,6 +58,9 @@ from megatron_xalign.workflows.training import (
 
 __all__ = [
     "CHECK_FILE",
+    "AblateOptions",
+    "SteerOptions",
+    "ablate",
     "analyze",
     "audit_blend",
     "capture",
@@ -71,12 +84,15 @@ __all__ = [
     "merge",
     "outcome",
     "plan_preprocessing",
+    "plan_steering",
     "preprocess",
     "preprocess_all",
     "preprocess_task",
     "preprocess_with_datatrove",
     "registry_packages",
     "report",
+    "stated_model",
+    "steer",
     "token_statistics",
     "train",
     "train_tokenizer",

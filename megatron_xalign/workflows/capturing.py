@@ -11,7 +11,7 @@ from megatron_xalign.config import ParallelConfig
 from megatron_xalign.errors import CheckpointError, ConfigError, CorpusError, FormatError
 from megatron_xalign.formats.atomic import read_json, sha256_of, write_json
 from megatron_xalign.formats.run_folder import RunFolder, command_line
-from megatron_xalign.workflows.conversion import _checkpoint_of
+from megatron_xalign.workflows.conversion import checkpoint_of
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def capture(
                 "token in front of every document."
             )
         folder, facts = _capture_checkpoint(
-            _checkpoint_of(source), probe, out, layers, batch_tokens, dtype, prefix, step, consumed_tokens,
+            checkpoint_of(source), probe, out, layers, batch_tokens, dtype, prefix, step, consumed_tokens,
             tokenizer, parallel or ParallelConfig(),
         )
     if facts is not None:
@@ -84,7 +84,7 @@ def describe_capture(source: Path, probe: Path, out: Path) -> str:
         known = "known" if kind in names.HOOK_MODULES else "not known to capture"
         what = f"Hugging Face model of type {kind} ({known})"
     else:
-        what = f"checkpoint {_checkpoint_of(source)}"
+        what = f"checkpoint {checkpoint_of(source)}"
     return f"{what}\n{len(pairs)} pairs, {sentences} sentences in {', '.join(languages)}\nwould be written to {out}"
 
 

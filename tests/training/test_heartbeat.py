@@ -51,3 +51,10 @@ def test_a_deadlock_of_all_is_said_to_be_one() -> None:
 def test_what_may_take_long_on_all_is_let_be() -> None:
     saving = [beat(rank, seconds=1e6, place="saving", bounded=False) for rank in range(2)]
     assert Watch(60, 2).problem(saving, 0.0) is None
+
+
+def test_a_process_that_never_spoke_is_named_once_the_others_wait_for_it() -> None:
+    watch = Watch(60, 2)
+    assert watch.problem([beat(0, 1)], 0.0) is None
+    said = watch.problem([beat(0, 2, seconds=61.0)], 61.0)
+    assert said is not None and said.startswith("process 1 has not been heard of for 61 s")

@@ -12,7 +12,7 @@ import torch
 
 from megatron_xalign.batch import Batch
 from megatron_xalign.errors import FormatError
-from megatron_xalign.training.metrics import LossSums, append_metrics, truncate_metrics
+from megatron_xalign.training.metrics import LossSums, append_metrics, readable, truncate_metrics
 
 LANGUAGES, SOURCES = ["eng_Latn", "fin_Latn", "ell_Grek"], ["mono", "pairs"]
 
@@ -22,7 +22,7 @@ class OneProcess:
 
     device = torch.device("cpu")
     pipeline_size = 1
-    data_rank = 0
+    data_context_rank = 0
 
     def sum_over(self, tensor: torch.Tensor, axis: str) -> torch.Tensor:
         return tensor.clone()
@@ -32,7 +32,7 @@ class OneProcess:
 
 
 class SecondOfTwo(OneProcess):
-    data_rank = 1
+    data_context_rank = 1
 
 
 def random_batch(seed: int, rows: int = 3, length: int = 11) -> tuple[Batch, torch.Tensor]:
@@ -169,3 +169,15 @@ def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) 
 def test_a_number_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range"):
         append_metrics(tmp_path / "metrics.jsonl", {"step": 1, "loss": float("nan")})
+
+
+def test_a_line_for_people_has_what_they_look_for() -> None:
+    line = {
+        "step": 120, "loss": 3.21049, "loss_by_language": {"eng_Latn": 3.1, "fin_Latn": 3.4}, "grad_norm": 0.5215,
+        "lr": 3e-4, "tokens_per_second": 12345.6, "memory_gib": 1.25, "seconds_left": 5025.4, "mfu": 0.412,
+        "parallel_fraction": 0.0499,
+    }
+    assert readable(line, 2000) == (
+        "step 120/2000 | loss 3.2105 (eng_Latn 3.100, fin_Latn 3.400) | parallel 4.99 % | gradient 0.521 | lr 0.0003 | "
+        "12,346 tokens/s | MFU 41.2 % | 1.2 GiB | 1:23:45 left"
+    )

@@ -100,6 +100,20 @@ def test_wandb_gets_the_run_under_the_same_id_every_time(tmp_path: Path, monkeyp
     assert first["config"]["optimizer"]["lr"] == RunConfig().optimizer.lr
 
 
+def test_a_service_that_cannot_be_reached_at_the_start_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("wandb")
+
+    def init(**_: Any) -> None:
+        raise TimeoutError("no network")
+
+    module.init = init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    config = RunConfig(logging=LoggingConfig(tensorboard=False, wandb_project="study"))
+    assert build_trackers(config, tmp_path, 0) == []
+
+
 def test_mlflow_goes_on_with_the_run_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     module = types.ModuleType("mlflow")
@@ -111,6 +125,7 @@ def test_mlflow_goes_on_with_the_run_it_began(tmp_path: Path, monkeypatch: pytes
 
         setattr(module, name, note)
     monkeypatch.setitem(sys.modules, "mlflow", module)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = RunConfig(logging=LoggingConfig(tensorboard=False, mlflow_experiment="study"))
     for _ in range(2):
         (tracker,) = build_trackers(config, tmp_path, 0)
