@@ -2,12 +2,12 @@
 
     python benchmarks/capture.py [--quick] [--rounds N] [--model tiny|100m] [--languages K]
 
-Two models: the quickstart's size (4 layers, 192 wide) and one of about 100 million parameters (12 layers, 768 wide). One
-process, the same training steps with the stream of training batches captured and without, in turns: forward passes,
-backward passes and optimizer step of 2,048 tokens. Then a probe of held-out pairs (2,000 of the tiny model, 60 of the
-large one: the ratio is what is asked for), against the same batches through the same model with nothing listening.
-On a CPU the numbers are CPU seconds of the process, on a GPU seconds between synchronisations; medians. The time spent
-in the hooks themselves is given beside the ratio, since it moves less with what else the machine does.
+Two models: the quickstart's size (4 layers, 192 wide) and one of about 100 million parameters (12 layers, 768 wide).
+One process, the same training steps with the stream of training batches captured and without, in turns: forward
+passes, backward passes and optimizer step of 2,048 tokens. Then a probe of held-out pairs (2,000 of the tiny model, 60
+of the large one: the ratio is what is asked for), against the same batches through the same model with nothing
+listening. On a CPU the numbers are CPU seconds of the process, on a GPU seconds between synchronisations; medians. The
+time spent in the hooks themselves is given beside the ratio, since it moves less with what else the machine does.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _measure(name: str, rounds: int, num_pairs: int, num_languages: int) -> list
         def whole() -> None:
             run_probe(recorder, forward_only, probe, len(sentences), 2, ranks)
 
-        forward, probed = _in_turns(clock, max(1, min(rounds, 5)), bare, whole)
+        forward, probed = _in_turns(clock, max(1, min(rounds, 3)), bare, whole)
         print(f"{num_pairs} pairs in {len(probe)} batches: forward {forward:.3f} s, probe {probed:.3f} s")
     common: dict[str, Any] = {"peer": None, "better": "lower"}
     return [

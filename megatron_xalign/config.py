@@ -527,6 +527,9 @@ class TrainingConfig:
     """Checkpoints of steps that are a multiple of this are kept besides; 0: none."""
     checkpoint_hashes: bool = True
     """Whether SHA-256 of every file is kept and compared before loading; without, sizes only."""
+    hf_export_interval_steps: int = 0
+    """Export checkpoints of these steps (and the last) to ``hf/step-NNNNNN`` while training goes on; a multiple of
+    ``save_interval_steps``. 0: never."""
     async_save: bool = False
     """Whether training goes on while a checkpoint is written, from a copy of the state in main memory."""
     allow_changed_data: bool = False
@@ -547,6 +550,11 @@ class TrainingConfig:
         ):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
         _require(self.keep_checkpoints >= 0, f"keep_checkpoints={self.keep_checkpoints} is negative; 0 keeps all.")
+        _require(
+            self.hf_export_interval_steps >= 0 and self.hf_export_interval_steps % self.save_interval_steps == 0,
+            f"hf_export_interval_steps={self.hf_export_interval_steps} is not a multiple of save_interval_steps="
+            f"{self.save_interval_steps}; only saved steps can be exported.",
+        )
         _require(self.keep_every_steps >= 0, f"keep_every_steps={self.keep_every_steps} is negative; 0 is none.")
         _require(
             self.exit_duration_minutes >= 0,

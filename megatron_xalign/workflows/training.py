@@ -57,6 +57,7 @@ def train(config: RunConfig) -> Path:
     from megatron_xalign.data.tokenizer import Tokenizer
     from megatron_xalign.formats.token_file import check_same_tokenizer
     from megatron_xalign.training import backends, checkpoint, loop
+    from megatron_xalign.training.export import HfExporter
     from megatron_xalign.training.forward import build_forward_only
     from megatron_xalign.training.guard import build_guard
     from megatron_xalign.training.heartbeat import Heartbeat
@@ -180,6 +181,8 @@ def train(config: RunConfig) -> Path:
         if ranks.rank == 0:
             # First in the list, so the last to hear of a step: capture has added its scores by then.
             observers[:0] = build_trackers(config, run.path, start_step)
+            if training.hf_export_interval_steps:
+                observers.append(HfExporter(run, training.hf_export_interval_steps, blend.train_steps))
         heartbeat = Heartbeat(
             ranks, 0.8 * config.parallel.distributed_timeout_seconds, config.parallel.heartbeat_interval_seconds,
             launch.end_stuck_job,

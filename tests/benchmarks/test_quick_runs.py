@@ -16,9 +16,9 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 FIELDS = {"name", "ours", "peer", "ratio", "goal", "holds", "unit", "machine"}
 
 
-@pytest.mark.parametrize("name", ["blend_order", "fetch", "index", "plan"])
+@pytest.mark.parametrize("name", ["blend_order", "fetch", "index", "plan", "train_step"])
 def test_quick_run_answers_in_the_agreed_form(name: str, tmp_path: Path) -> None:
-    where = [] if name == "blend_order" else ["--work", str(tmp_path)]
+    where = [] if name in ("blend_order", "train_step") else ["--work", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", *where],
         capture_output=True, text=True, check=False, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -352,7 +352,7 @@ def test_settings_survive_json_and_refuse_contradictions(tmp_path: Path, tokeniz
         ({"sentences": SentenceSettings()}, "for monolingual documents"),
         ({"direction": "sideways"}, "is not one of forward, backward, random"),
         ({"workers": 0}, "must be 1 or more"),
-        ({"max_skipped": 3}, "with on_error=raise nothing is"),
+        ({"max_skipped": 3}, "without that nothing is"),
         ({"duplicates": "near", "near_threshold": 0.1}, "outside"),
         ({"append_eod": False, "pairing": "separated"}, "nothing ends them"),
     ):

@@ -60,4 +60,6 @@ def test_a_study_reports_a_failed_run_and_ends_whole_once_it_is_put_right(
     page = (tmp_path / "study" / "report" / "index.html").read_text(encoding="utf-8")
     assert "are not on this page" not in page and "30\u00a0% shuffled" in page
     assert (tmp_path / "study" / "runs" / "p0-s3" / "run.json").read_bytes() == trained  # not started again
+    comparison = json.loads((tmp_path / "study" / "report" / "comparison.json").read_text(encoding="utf-8"))
+    assert {entry["run"] for entry in comparison["speed"]} == {"p0-s3", "p0.3-s3"}
     shutil.rmtree(tmp_path / "study")
