@@ -495,7 +495,7 @@ class TrainingConfig:
     """What is computed again in the backward pass to save memory: ``full``, whole layers; ``selective``,
     ``recompute_modules`` of every layer."""
     recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = ("core_attn",)
-    """Parts of a layer that ``selective`` computes again."""
+    """Parts of a layer that ``selective`` computes again; ``layernorm`` needs Transformer Engine."""
     recompute_method: Literal["uniform", "block"] = "uniform"
     """``full``: ``uniform`` keeps the input of every ``recompute_num_layers``-th layer; ``block`` computes the first
     ``recompute_num_layers`` layers of every pipeline block again and keeps the others' activations."""

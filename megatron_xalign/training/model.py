@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 from typing import Any, Literal
 
@@ -121,6 +122,12 @@ def _recompute_settings(
     if recompute == "none":
         return {}
     if recompute == "selective":
+        if "layernorm" in training.recompute_modules and importlib.util.find_spec("transformer_engine") is None:
+            raise ConfigError(
+                "training.recompute_modules names layernorm, which Megatron-Core computes again only where Transformer "
+                "Engine is installed; leave it out (core_attn and mlp need nothing), or pip install "
+                "'transformer-engine[pytorch]'."
+            )
         return {"recompute_granularity": "selective", "recompute_modules": list(training.recompute_modules)}
     block_layers = config.num_layers // (parallel.pipeline_model_parallel_size * parallel.virtual_size)
     if training.recompute_num_layers > block_layers or (

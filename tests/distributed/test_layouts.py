@@ -27,7 +27,7 @@ CP2 = {"context_parallel_size": 2}
 SP = {"sequence_parallel": True}
 SHARDED = {"use_distributed_optimizer": True}
 TIED = {"untie_embeddings_and_output_weights": False}
-SELECTIVE = {"recompute": "selective", "recompute_modules": ["core_attn", "mlp", "layernorm"]}
+SELECTIVE = {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]}
 BLOCK = {"recompute": "full", "recompute_method": "block", "recompute_num_layers": 2}
 Z_LOSS = {"z_loss_coefficient": 0.02}
 # 4 steps of 2 samples, then 18 of 4.
