@@ -122,6 +122,11 @@ class ParallelConfig:
     """Processes that share every layer's matrices."""
     pipeline_model_parallel_size: int = 1
     """Processes that hold consecutive blocks of layers."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Blocks of layers each of those holds instead of one (interleaved schedule); Megatron-LM's
+    ``--num-layers-per-virtual-pipeline-stage`` is ``num_layers`` over pipeline size over this."""
+    context_parallel_size: int = 1
+    """Processes that share every sequence; each holds two of its ``2 * context_parallel_size`` chunks."""
     sequence_parallel: bool = False
     """Split norms and dropout along the sequence inside a tensor-parallel group."""
     use_distributed_optimizer: bool = False
@@ -137,8 +142,18 @@ class ParallelConfig:
             self.heartbeat_interval_seconds >= 0,
             f"heartbeat_interval_seconds={self.heartbeat_interval_seconds} is negative; 0 turns it off.",
         )
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_seconds"):
+        for name in (
+            "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+            "distributed_timeout_seconds",
+        ):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
+        virtual = self.virtual_pipeline_model_parallel_size
+        _require(
+            virtual is None or (virtual > 1 and self.pipeline_model_parallel_size > 1),
+            f"virtual_pipeline_model_parallel_size={virtual} with pipeline_model_parallel_size="
+            f"{self.pipeline_model_parallel_size}; an interleaved pipeline needs at least 2 of both. Leave it out for "
+            "one block of layers a stage.",
+        )
         _require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "sequence_parallel=true needs tensor_model_parallel_size above 1.",
@@ -147,7 +162,12 @@ class ParallelConfig:
     @property
     def model_parallel_size(self) -> int:
         """Processes one copy of the model needs."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def virtual_size(self) -> int:
+        """Blocks of layers each pipeline stage holds."""
+        return self.virtual_pipeline_model_parallel_size or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,6 +337,8 @@ class DataConfig:
     """Documents of every source for training, validation and test, as proportions in Megatron's notation."""
     reset_position_ids: bool = False
     """Whether positions start again at every document of a sample."""
+    reset_attention_mask: bool = False
+    """Whether tokens attend to tokens of their own document only."""
     eod_mask_loss: bool = False
     """Whether what follows an end-of-document token bears no loss."""
     index_cache_dir: str = ""
@@ -348,6 +370,111 @@ class DataConfig:
             return ()
 
 
+FP8_MULTIPLE_OF = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
+"""What both axes of a matrix must be a multiple of for each FP8 recipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Config:
+    """Matrix products of transformer layers in 8-bit floating point; everything else as in bf16 (docs/precision.md)."""
+
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How a tensor's scale is found: ``delayed`` from the largest values of past steps, ``tensorwise`` from the tensor
+    itself, ``blockwise`` for blocks of 128, ``mxfp8`` for blocks of 32 (Blackwell)."""
+    format: Literal["e4m3", "hybrid"] = "hybrid"
+    """``hybrid`` gives gradients the wider range of E5M2; ``e4m3`` uses E4M3 for everything."""
+    margin: int = 0
+    """``delayed``: scales are divided by two to this power, room for values larger than any seen."""
+    amax_history_len: int = 1024
+    """``delayed``: how many past steps count."""
+    amax_compute_algo: Literal["max", "most_recent"] = "max"
+    """``delayed``: which of them gives the scale."""
+    first_last_layers_bf16: bool = False
+    """Whether the first and the last layers stay in bf16, which is where FP8 hurts most."""
+    num_layers_at_start_in_bf16: int = 1
+    """How many of the first ones."""
+    num_layers_at_end_in_bf16: int = 1
+    """How many of the last ones."""
+    param_gather: bool = False
+    """Keep weights in FP8 and gather them so from the distributed optimizer, which holds float32 main weights."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.margin <= 16, f"margin={self.margin} is outside 0..16; it is a power of two.")
+        _require(self.amax_history_len > 0, f"amax_history_len={self.amax_history_len} must be positive.")
+        for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative; 0 keeps none of them.")
+        if self.recipe != "delayed":
+            for name, default in (("margin", 0), ("amax_history_len", 1024), ("amax_compute_algo", "max")):
+                _require(
+                    getattr(self, name) == default,
+                    f"{name}={getattr(self, name)} belongs to recipe=delayed and does nothing with recipe="
+                    f"{self.recipe}; leave it out.",
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp16Config:
+    """Weights and activations in fp16, with a scaled loss: small gradients would vanish otherwise."""
+
+    loss_scale: float | None = None
+    """A fixed scale; left out, the scale is halved when gradients overflow and doubled when they have not for long."""
+    initial_loss_scale: float = 16.0
+    """Scale of the first step. The loss of a micro-batch is a sum over its tokens, so scales are as many times smaller
+    as it has tokens than those of a mean."""
+    min_loss_scale: float = 2.0**-10
+    """The scale is never lowered below this."""
+    loss_scale_window: int = 1000
+    """Steps without overflow after which the scale is doubled."""
+    hysteresis: int = 2
+    """Overflows after which it is halved."""
+
+    def __post_init__(self) -> None:
+        for name in ("loss_scale", "initial_loss_scale", "min_loss_scale"):
+            value = getattr(self, name)
+            _require(
+                value is None or (math.isfinite(value) and value > 0), f"{name}={value} must be positive and finite."
+            )
+        _require(
+            self.min_loss_scale <= self.initial_loss_scale,
+            f"min_loss_scale={self.min_loss_scale} is above initial_loss_scale={self.initial_loss_scale}.",
+        )
+        for name in ("loss_scale_window", "hysteresis"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """A precision with settings of its own: exactly one of the two."""
+
+    fp8: Fp8Config | None = None
+    """FP8 matrix products on top of bf16."""
+    fp16: Fp16Config | None = None
+    """fp16 with these settings of the loss scale; ``precision: fp16`` takes the defaults."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.fp8 is None) != (self.fp16 is None),
+            "fp8 and fp16: exactly one of them is a precision, as in precision: {fp8: {recipe: delayed}}; or write one "
+            "of the words bf16, fp16, fp32.",
+        )
+
+
+Precision = Literal["bf16", "fp16", "fp32"] | PrecisionConfig
+ParamsDtype = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendConfig:
+    """Whose kernels compute (docs/precision.md). ``auto`` takes the fastest there is; the log says which and why."""
+
+    layers: Literal["auto", "te", "local"] = "auto"
+    """Linear layers and norms: Transformer Engine's, or Megatron's own with our norm (``local``)."""
+    attention: Literal["auto", "te", "flash", "sdpa", "unfused"] = "auto"
+    """Attention: Transformer Engine's, the flash-attn package, torch's scaled dot product, or plain matrix products."""
+    optimizer: Literal["auto", "te", "apex", "torch"] = "auto"
+    """AdamW's kernel: fused of Transformer Engine or NVIDIA apex, or torch's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How long and in what batches."""
@@ -358,13 +485,38 @@ class TrainingConfig:
     """Samples of one step, over all data-parallel ranks."""
     micro_batch_size: int = 8
     """Samples of one forward pass on one rank."""
-    params_dtype: Literal["fp32", "bf16"] = "fp32"
-    """``bf16`` keeps fp32 main weights and gradients."""
+    rampup_batch_size: tuple[int, ...] = ()
+    """``[start, increment, samples]``: the global batch grows from ``start`` by ``increment`` to ``global_batch_size``
+    over the first ``samples`` samples, as Megatron's. The budget stays; the run takes more steps. Empty: constant."""
     load_weights: str | None = None
     """Checkpoint whose weights the run starts from (``xalign convert from-hf``, or another run's); optimizer and data
     start afresh."""
-    recompute: Literal["none", "full"] = "none"
-    """``full`` recomputes every layer's forward in the backward pass to save memory."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What is computed again in the backward pass to save memory: ``full``, whole layers; ``selective``,
+    ``recompute_modules`` of every layer."""
+    recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = ("core_attn",)
+    """Parts of a layer that ``selective`` computes again."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """``full``: ``uniform`` keeps the input of every ``recompute_num_layers``-th layer; ``block`` computes the first
+    ``recompute_num_layers`` layers of every pipeline block again and keeps the others' activations."""
+    recompute_num_layers: int = 1
+    """See ``recompute_method``."""
+    z_loss_coefficient: float = 0.0
+    """Weight of the squared logarithm of the softmax's denominator in what is minimised (PaLM: 1e-4); reported losses
+    are without it."""
+    nonfinite_policy: Literal["stop", "skip", "rewind"] = "stop"
+    """What to do when a loss or gradient is not a finite number: stop; leave that step's update out; or go back to the
+    weights of the last checkpoint and on with the data after that step."""
+    loss_spike_policy: Literal["ignore", "warn", "skip", "rewind", "stop"] = "ignore"
+    """What to do when a step's loss is more than ``loss_spike_deviations`` standard deviations above the mean of the
+    last ``loss_spike_window`` steps. Anything but ``ignore`` sums the loss over all processes at every step."""
+    loss_spike_deviations: float = 6.0
+    """See ``loss_spike_policy``."""
+    loss_spike_window: int = 100
+    """See ``loss_spike_policy``; no step is a spike before that many have been seen."""
+    max_bad_steps: int = 10
+    """Steps that ``skip`` and ``rewind`` may pass over with no ``save_interval_steps`` good ones in a row between; one
+    more stops the run."""
     log_interval_steps: int = 10
     """Steps between lines of metrics.jsonl."""
     save_interval_steps: int = 50
@@ -375,6 +527,9 @@ class TrainingConfig:
     """Checkpoints of steps that are a multiple of this are kept besides; 0: none."""
     checkpoint_hashes: bool = True
     """Whether SHA-256 of every file is kept and compared before loading; without, sizes only."""
+    hf_export_interval_steps: int = 0
+    """Export checkpoints of these steps (and the last) to ``hf/step-NNNNNN`` while training goes on; a multiple of
+    ``save_interval_steps``. 0: never."""
     async_save: bool = False
     """Whether training goes on while a checkpoint is written, from a copy of the state in main memory."""
     allow_changed_data: bool = False
@@ -391,9 +546,15 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in (
             "train_steps", "global_batch_size", "micro_batch_size", "log_interval_steps", "save_interval_steps",
+            "recompute_num_layers", "loss_spike_deviations", "max_bad_steps",
         ):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
         _require(self.keep_checkpoints >= 0, f"keep_checkpoints={self.keep_checkpoints} is negative; 0 keeps all.")
+        _require(
+            self.hf_export_interval_steps >= 0 and self.hf_export_interval_steps % self.save_interval_steps == 0,
+            f"hf_export_interval_steps={self.hf_export_interval_steps} is not a multiple of save_interval_steps="
+            f"{self.save_interval_steps}; only saved steps can be exported.",
+        )
         _require(self.keep_every_steps >= 0, f"keep_every_steps={self.keep_every_steps} is negative; 0 is none.")
         _require(
             self.exit_duration_minutes >= 0,
@@ -406,11 +567,70 @@ class TrainingConfig:
             self.eval_samples_per_source > 0,
             f"eval_samples_per_source={self.eval_samples_per_source} must be positive.",
         )
+        if self.rampup_batch_size:
+            self._check_rampup()
+        _require(self.z_loss_coefficient >= 0, f"z_loss_coefficient={self.z_loss_coefficient} is negative; 0 is none.")
+        _require(
+            self.loss_spike_window > 1,
+            f"loss_spike_window={self.loss_spike_window} steps have no deviation; use 2 or more.",
+        )
+        _require(
+            self.recompute != "selective" or bool(self.recompute_modules),
+            "recompute_modules is empty with recompute=selective; name core_attn, mlp or layernorm.",
+        )
         _require(
             self.global_batch_size % self.micro_batch_size == 0,
             f"global_batch_size={self.global_batch_size} is not divisible by "
             f"micro_batch_size={self.micro_batch_size}.",
         )
+
+
+    def _check_rampup(self) -> None:
+        given = f"rampup_batch_size={list(self.rampup_batch_size)}"
+        _require(
+            len(self.rampup_batch_size) == 3 and min(self.rampup_batch_size) > 0,
+            f"{given} should be three positive numbers: the first batch size, its increment, and the samples it takes "
+            "to grow.",
+        )
+        start, increment, _ = self.rampup_batch_size
+        _require(
+            start <= self.global_batch_size and (self.global_batch_size - start) % increment == 0,
+            f"{given} does not reach global_batch_size={self.global_batch_size} from {start} in steps of {increment}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Tokens that are kept with their text, to see what chosen neurons fire on."""
+
+    neurons: dict[str, tuple[int, ...]]
+    """Layer to neurons, both counting from 0: ``{3: [17, 40]}``."""
+    tokens_per_language: int = 256
+    """Tokens of each language kept of a window, drawn without regard to activations."""
+    top: int = 16
+    """Tokens of the largest activations kept for each neuron."""
+    context_tokens: int = 16
+    """Tokens of text kept on either side."""
+    seed: int = 1234
+    """Of the draw."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens_per_language", "top"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
+        _require(self.context_tokens >= 0, f"context_tokens={self.context_tokens} is negative.")
+        _require(0 <= self.seed < 1 << 32, f"seed={self.seed} is outside 0..4294967295.")
+        for layer, neurons in self.neurons.items():
+            _require(layer.isdecimal(), f"neurons.{layer}: layers are numbers from 0, such as {{3: [17, 40]}}.")
+            _require(
+                bool(neurons) and min(neurons) >= 0 and len(set(neurons)) == len(neurons),
+                f"neurons.{layer}={list(neurons)} must be different numbers from 0.",
+            )
+        _require(bool(self.neurons), "neurons={} names no neuron; {3: [17, 40]} names two of layer 3.")
+
+    @property
+    def chosen(self) -> list[tuple[int, int]]:
+        """(layer, neuron) of each, in order."""
+        return sorted((int(layer), neuron) for layer, neurons in self.neurons.items() for neuron in neurons)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,10 +651,14 @@ class CaptureConfig:
     """Whether the stream also sums the residual stream, per language and coordinate."""
     stream_attention: bool = False
     """Whether it also sums what attention adds to the residual stream."""
+    sample: SampleConfig | None = None
+    """Neurons whose tokens are kept with their text; none if left out."""
     score_pairs: int = 512
     """Probe pairs that scores (``scores.jsonl``) are computed on at every probe; 0: no scores."""
     on_error: Literal["stop", "disable"] = "stop"
     """What becomes of the run when capture fails: it stops, or goes on without capture and says so in its log."""
+    quantized: bool = False
+    """Record neurons as an FP8 product reads them, not as they are before; with FP8 layers of this project only."""
 
     def __post_init__(self) -> None:
         for name in ("probe_interval_steps", "probe_batch_tokens", "stream_interval_steps"):
@@ -483,6 +707,10 @@ class RunConfig:
     """What it reads."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How long, in what batches."""
+    precision: Precision = "fp32"
+    """``bf16``, ``fp16`` (both keep fp32 main weights and gradients), ``fp32``, or ``{fp8: {recipe: ...}}``."""
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    """Whose kernels compute."""
     capture: CaptureConfig | None = None
     """What is watched; nothing if left out."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -491,6 +719,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require(bool(self.name), "name is empty.")
         _require(self.seed >= 0, f"seed={self.seed} is negative.")
+        _require(
+            self.capture is None or not self.training.rampup_batch_size,
+            "training.rampup_batch_size does not go with capture, which counts on steps of one size; leave out one of "
+            "them.",
+        )
         tensor, pipeline = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
         for name, size in (
             ("num_attention_heads", self.model.num_attention_heads),
@@ -501,22 +734,89 @@ class RunConfig:
                 size % tensor == 0,
                 f"model.{name}={size} is not divisible by parallel.tensor_model_parallel_size={tensor}.",
             )
+        virtual, context = self.parallel.virtual_size, self.parallel.context_parallel_size
         _require(
-            self.model.num_layers % pipeline == 0,
+            self.model.num_layers % (pipeline * virtual) == 0,
             f"model.num_layers={self.model.num_layers} is not divisible by "
-            f"parallel.pipeline_model_parallel_size={pipeline}.",
+            f"parallel.pipeline_model_parallel_size={pipeline}"
+            + (f" times parallel.virtual_pipeline_model_parallel_size={virtual}." if virtual > 1 else "."),
         )
         captured = self.capture.layers if self.capture is not None else None
+        sampled = self.capture.sample.chosen if self.capture is not None and self.capture.sample is not None else []
+        for layer, neuron in sampled:
+            _require(
+                layer in (captured or range(self.model.num_layers)) and neuron < self.model.ffn_hidden_size,
+                f"capture.sample.neurons names neuron {neuron} of layer {layer}, which is not captured: layers are "
+                f"{list(captured or range(self.model.num_layers))}, neurons 0 to {self.model.ffn_hidden_size - 1}.",
+            )
         _require(
             captured is None or captured[-1] < self.model.num_layers,
             f"capture.layers={captured} names layers beyond the {self.model.num_layers} of model.num_layers, which "
             "are counted from 0.",
         )
         _require(
-            not self.parallel.sequence_parallel or self.data.seq_length % tensor == 0,
-            f"data.seq_length={self.data.seq_length} is not divisible by "
-            f"parallel.tensor_model_parallel_size={tensor}, which sequence_parallel needs.",
+            context == 1 or self.data.seq_length % (2 * context) == 0,
+            f"data.seq_length={self.data.seq_length} is not divisible by {2 * context}, twice "
+            f"parallel.context_parallel_size={context}: every process holds two chunks of a sequence.",
         )
+        _require(
+            not self.parallel.sequence_parallel or self.data.seq_length // context % tensor == 0,
+            f"data.seq_length={self.data.seq_length}"
+            + (f" over parallel.context_parallel_size={context}" if context > 1 else "")
+            + f" is not divisible by parallel.tensor_model_parallel_size={tensor}, which sequence_parallel needs.",
+        )
+
+    @classmethod
+    def from_older(cls, tree: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+        """Settings as they are written now; configs of older runs and checkpoints say ``training.params_dtype``."""
+        training = tree.get("training")
+        if not isinstance(training, Mapping) or "params_dtype" not in training:
+            return tree
+        older = training["params_dtype"]
+        if older not in get_args(ParamsDtype):
+            raise ConfigError(
+                f"{path}training.params_dtype={older!r} is not one of fp32, bf16, fp16; the setting is called "
+                f"{path}precision now."
+            )
+        if tree.get("precision", older) != older:
+            raise ConfigError(
+                f"{path}training.params_dtype={older} and {path}precision={tree['precision']} say different things; "
+                "leave out the first, which is the older name."
+            )
+        rest = {key: value for key, value in training.items() if key != "params_dtype"}
+        return {**tree, "training": rest, "precision": older}
+
+    @property
+    def params_dtype(self) -> ParamsDtype:
+        """Type of weights and activations."""
+        if isinstance(self.precision, PrecisionConfig):
+            return "bf16" if self.precision.fp8 is not None else "fp16"
+        return self.precision
+
+    @property
+    def fp8(self) -> Fp8Config | None:
+        """The FP8 settings; None where matrix products are of the type of weights."""
+        return self.precision.fp8 if isinstance(self.precision, PrecisionConfig) else None
+
+    @property
+    def precision_name(self) -> str:
+        """The precision in a few words: ``bf16``, ``FP8 (delayed, hybrid)``."""
+        return self.params_dtype if self.fp8 is None else f"FP8 ({self.fp8.recipe}, {self.fp8.format})"
+
+    @property
+    def length_multiple_of(self) -> int:
+        """What the padded length of a batch must be a multiple of: whole FP8 blocks on every rank."""
+        if self.fp8 is None:
+            return 1
+        parts = self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
+        return FP8_MULTIPLE_OF[self.fp8.recipe] * parts
+
+    @property
+    def fp16(self) -> Fp16Config | None:
+        """How the loss is scaled; None where it is not fp16."""
+        if isinstance(self.precision, PrecisionConfig):
+            return self.precision.fp16
+        return Fp16Config() if self.precision == "fp16" else None
 
     @property
     def train_samples(self) -> int:
@@ -541,6 +841,18 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), into: type[Conf
         ConfigError: the file is missing or not YAML, a key is unknown, or a value does not fit.
     """
     target: type[Any] = into or RunConfig
+    tree = read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    return typing.cast(ConfigType, from_tree(target, tree))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file of settings as plain values.
+
+    Raises:
+        ConfigError: it is missing, not YAML, or not a mapping.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -554,13 +866,14 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), into: type[Conf
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {path} holds a {type(tree).__name__}; a mapping of settings is expected.")
-    for override in overrides:
-        _apply_override(tree, override)
-    return typing.cast(ConfigType, from_tree(target, tree))
+    return tree
 
 
 def from_tree(target: type[ConfigType], tree: Mapping[str, Any], path: str = "") -> ConfigType:
     """Build a config dataclass from plain mappings; errors carry the dotted path of the setting."""
+    upgrade = getattr(target, "from_older", None)
+    if upgrade is not None:
+        tree = upgrade(tree, path)
     hints = typing.get_type_hints(target)
     known = [item.name for item in dataclasses.fields(typing.cast(Any, target))]
     values = {}
@@ -639,7 +952,18 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         choices = [choice for choice in get_args(hint) if choice is not type(None)]
         if value is None and type(None) in get_args(hint):
             return None
-        return _convert(choices[0], value, path)
+        # A word or a group of settings: precision: bf16, precision: {fp8: {...}}.
+        groups = [choice for choice in choices if dataclasses.is_dataclass(choice)]
+        if not groups:
+            return _convert(choices[0], value, path)
+        if isinstance(value, dict):
+            return _convert(groups[0], value, path)
+        words = next((choice for choice in choices if get_origin(choice) is Literal), None)
+        if words is None or value not in get_args(words):
+            inside = " or ".join(item.name for item in dataclasses.fields(groups[0]))
+            said = "should be a" if words is None else f"is not one of {', '.join(map(str, get_args(words)))} and no"
+            raise ConfigError(f"{path}={value!r} {said} group of settings ({path}: {{{inside}: ...}}).")
+        return value
     if origin is Literal:
         if value not in get_args(hint):
             raise ConfigError(f"{path}={value!r} is not one of {', '.join(map(str, get_args(hint)))}.")

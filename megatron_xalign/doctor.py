@@ -14,12 +14,14 @@ import resource
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_xalign import __version__
+from megatron_xalign.training.precision import recipes_for
 
 Finding = dict[str, Any]
 
@@ -33,19 +35,24 @@ _PACKAGES = (
 _OPTIONAL = (
     (
         "transformer_engine.pytorch", "Transformer Engine", "FP8, fused layers on NVIDIA GPUs",
-        "pip install transformer-engine[core_cu13,pytorch] (core_cu12 for CUDA 12). Its PyTorch part is built from "
-        "source against the installed torch, about 12 minutes on two cores: it needs nvcc, CUDA_HOME, cuDNN's headers "
-        "(CUDNN_PATH=<site-packages>/nvidia/cudnn where cuDNN came with torch) and --no-build-isolation.",
+        "pip install --no-build-isolation 'transformer-engine[core_cu{cuda},pytorch]>=2.9{te_bound}'. Its PyTorch part "
+        "is built from source against the installed torch, about 12 minutes on two cores: first pip install setuptools "
+        "wheel pybind11 ninja packaging; then set CUDA_HOME=<a CUDA {cuda} toolkit with nvcc> "
+        "CUDNN_PATH={site}/nvidia/cudnn CPATH={site}/nvidia/cu{cuda}/include:{site}/nvidia/cudnn/include:"
+        "{site}/nvidia/nccl/include "
+        "NVTE_FRAMEWORK=pytorch MAX_JOBS=2. 'cudnn.h: No such file' means that CUDNN_PATH is wrong. A container of "
+        "NVIDIA's with PyTorch has it built.",
     ),
     (
         "flash_attn", "flash-attn", "flash attention outside Transformer Engine",
-        "pip install flash-attn --no-build-isolation: built from source against the installed torch, needs nvcc; "
-        "MAX_JOBS limits its memory. Without it torch's scaled dot product attention is used.",
+        "pip install flash-attn --no-build-isolation: built from source against the installed torch, needs nvcc and, "
+        "without a prebuilt wheel, an hour or more on few cores; MAX_JOBS=2 limits its memory (several GiB a job). "
+        "Without it torch's scaled dot product attention is used, which has a flash kernel of its own.",
     ),
     (
-        "amp_C", "apex", "fused optimizer and norm kernels where Transformer Engine is missing",
-        "from its source repository, with its C++ and CUDA extensions; the package named apex in the registry is "
-        "another project. Without it torch's own kernels are used.",
+        "amp_C", "apex", "fused optimizer kernels where Transformer Engine is missing",
+        "from NVIDIA's source repository, with its C++ and CUDA extensions; the package named apex in the registry is "
+        "another project: do not install it. Without it torch's own kernels are used.",
     ),
     ("pyarrow", "pyarrow", "parquet input", "pip install 'megatron-xalign[parquet]'"),
     ("sentencepiece", "sentencepiece", "SentencePiece tokenizers", "pip install 'megatron-xalign[sentencepiece]'"),
@@ -53,14 +60,6 @@ _OPTIONAL = (
     ("transformers", "transformers", "comparing exported models", "pip install 'megatron-xalign[convert]'"),
     ("matplotlib", "matplotlib", "reports", "pip install 'megatron-xalign[report]'"),
 )
-# By compute capability of NVIDIA devices, from Transformer Engine's documentation of its recipes.
-_RECIPES = (
-    ((10, 0), ("delayed", "tensorwise", "blockwise", "mxfp8")),
-    ((9, 0), ("delayed", "tensorwise", "blockwise")),
-    ((8, 9), ("delayed", "tensorwise")),
-)
-
-
 def examine() -> dict[str, Any]:
     """Look at everything.
 
@@ -77,26 +76,54 @@ def examine() -> dict[str, Any]:
             "system": f"{platform.system()} {platform.release()}", "architecture": platform.machine(),
             "cpus": len(os.sched_getaffinity(0)), "memory_gib": _memory_gib(),
         },
-        "compilers": {name: _first_line([name, "--version"]) for name in ("g++", "clang++", "nvcc", "hipcc", "ninja")},
+        "compilers": {
+            name: _first_line([name, "--version"]) for name in ("g++", "clang++", "nvcc", "hipcc", "cmake", "ninja")
+        },
         "torch": torch["backends"],
         "devices": torch["devices"],
-        "optional": [_try(module, name, purpose, how) for module, name, purpose, how in _OPTIONAL],
+        "optional": [
+            _try(module, name, purpose, how.format(**_places(torch["backends"])))
+            for module, name, purpose, how in _OPTIONAL
+        ],
         "limits": _limits(),
     }
+    found["features"] = _features(found)
     found["problems"] = _problems(found)
     return found
 
 
-def recipes_for(capability: tuple[int, int] | None, is_rocm: bool = False) -> tuple[str, ...]:
-    """FP8 recipes of Transformer Engine that a device has the hardware for; none for AMD devices and older ones.
+def _places(backends: dict[str, Any]) -> dict[str, str]:
+    """What the ways to get a library name: this Python's packages, torch's CUDA, the bound of the installed core."""
+    core = _version("megatron-core") or ""
+    return {
+        "site": sysconfig.get_paths()["purelib"],
+        "cuda": str(backends.get("cuda") or "13").split(".")[0],
+        "te_bound": ",<2.12" if core.startswith("0.16.") else "",
+    }
 
-    Args:
-        capability: compute capability of an NVIDIA device.
-        is_rocm: the device is AMD's; Megatron's FP8 goes through Transformer Engine's CUDA kernels.
-    """
-    if capability is None or is_rocm:
-        return ()
-    return next((names for least, names in _RECIPES if capability >= least), ())
+
+def _features(found: dict[str, Any]) -> list[Finding]:
+    """What a user would ask for, whether it works here, and what is missing where it does not."""
+    works = {item["name"]: item["works"] for item in found["optional"]}
+    devices, torch = found["devices"], found["torch"]
+    gpu = bool(devices)
+    recipes = sorted({recipe for device in devices for recipe in device["fp8_recipes"]})
+    te, nccl = works["Transformer Engine"], bool(torch.get("nccl"))
+    why_fp8 = (
+        "an NVIDIA GPU of compute capability 8.9 or higher" if not recipes else "" if te else "Transformer Engine"
+    )
+    table = (
+        ("training on the CPU (gloo)", bool(torch.get("gloo")), "torch with gloo"),
+        ("training on GPUs (NCCL)", gpu and nccl, "a GPU that torch can use" if not gpu else "torch with NCCL"),
+        ("bf16 on GPUs", gpu and all(device["bf16"] for device in devices), "GPUs of compute capability 8.0 or higher"),
+        ("FP8 by Transformer Engine", not why_fp8, why_fp8),
+        ("FP8 arithmetic of this project (backend.layers: local)", not torch.get("error"), "torch"),
+        ("flash attention", gpu and (te or works["flash-attn"] or not torch.get("error")), "a GPU"),
+        ("fused AdamW", gpu and (te or works["apex"]), "a GPU" if not gpu else "Transformer Engine or apex"),
+        ("checking exports (xalign convert check)", works["transformers"], "transformers"),
+        ("reports with figures", works["matplotlib"], "matplotlib"),
+    )
+    return [{"name": name, "works": bool(fine), **({} if fine else {"needs": needs})} for name, fine, needs in table]
 
 
 def _version(package: str) -> str | None:
@@ -182,6 +209,8 @@ def _limits() -> dict[str, Any]:
     shared = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
     return {
         "open_files": soft(resource.RLIMIT_NOFILE),
+        "processes": soft(resource.RLIMIT_NPROC),
+        "stack_bytes": soft(resource.RLIMIT_STACK),
         "locked_memory_bytes": soft(resource.RLIMIT_MEMLOCK),
         "shared_memory_gib": None if shared is None else round(shared.free / 2**30, 1),
         "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -192,7 +221,7 @@ def _problems(found: dict[str, Any]) -> list[str]:
     """What will not work as it is, each with its way out."""
     checks: list[Callable[[dict[str, Any]], str | None]] = [
         _torch_works, _core_matches_python, _compiler_is_there, _files_may_be_opened, _shared_memory_is_there,
-        _a_driver_fits, _clock_is_right,
+        _memory_may_be_locked, _processes_may_be_started, _a_driver_fits, _apex_is_nvidias, _clock_is_right,
     ]
     return [problem for check in checks if (problem := check(found)) is not None]
 
@@ -231,6 +260,30 @@ def _shared_memory_is_there(found: dict[str, Any]) -> str | None:
     return f"/dev/shm has {free} GiB; data workers and NCCL need about 1 GiB: start the container with --shm-size=8g."
 
 
+def _memory_may_be_locked(found: dict[str, Any]) -> str | None:
+    limit = found["limits"].get("locked_memory_bytes")
+    if not found["devices"] or limit is None or limit >= 1 << 30 or not Path("/sys/class/infiniband").is_dir():
+        return None
+    return f"only {limit:,} bytes may be locked in memory; NCCL over InfiniBand needs more: ulimit -l unlimited."
+
+
+def _processes_may_be_started(found: dict[str, Any]) -> str | None:
+    limit = found["limits"].get("processes")
+    if limit is None or limit >= 1024:
+        return None
+    return f"only {limit} processes and threads may be started; data workers and torch need more: ulimit -u 4096."
+
+
+def _apex_is_nvidias(found: dict[str, Any]) -> str | None:
+    version = found["versions"].get("apex")
+    if version is None or not version.startswith("0.9."):
+        return None
+    return (
+        f"apex {version} is a web toolkit of that name, not NVIDIA's apex, and Megatron-Core would take it for that: "
+        "pip uninstall apex."
+    )
+
+
 def _a_driver_fits(found: dict[str, Any]) -> str | None:
     if found["torch"].get("cuda_available") or shutil.which("nvidia-smi") is None:
         return None
@@ -262,14 +315,24 @@ def describe(found: dict[str, Any]) -> str:
         f"{'yes' if torch.get('gloo') else 'no'}, NCCL {torch.get('nccl_version') or 'no'}",
     ]
     for number, device in enumerate(found["devices"]):
-        recipes = ", ".join(device["fp8_recipes"]) or "none (needs compute capability 8.9 or higher, NVIDIA)"
+        recipes = ", ".join(device["fp8_recipes"]) or (
+            "none (an AMD device; Megatron's FP8 goes through Transformer Engine's CUDA kernels)"
+            if torch.get("rocm") else "none (needs compute capability 8.9 or higher)"
+        )
         lines.append(
             f"device {number}: {device['name']}, {device['memory_gib']} GiB, compute capability "
             f"{'.'.join(map(str, device['capability']))}, bf16 {'yes' if device['bf16'] else 'no'}; "
             f"FP8 recipes: {recipes}"
         )
     if not found["devices"]:
-        lines.append("no GPU: training runs on the CPU over gloo; bf16 works there, FP8 does not.")
+        lines.append(
+            "no GPU: training runs on the CPU over gloo; bf16 works there, FP8 only as this project's own arithmetic."
+        )
+    lines += ["", "what works here"]
+    for item in found["features"]:
+        lines.append(f"  {'yes' if item['works'] else 'no ':3s}  {item['name']}" + (
+            "" if item["works"] else f": needs {item['needs']}"
+        ))
     lines += ["", "optional packages"]
     for item in found["optional"]:
         if item["works"]:

@@ -13,7 +13,7 @@ range of the second axis, in every block. So one entry serves both directions: r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,9 @@ Layout = Literal["plain", "vocab", "gate_up", "qkv"]
 
 OLMO_LAYERNORM_EPSILON = 1e-5
 """``OlmoLayerNorm`` of transformers has this epsilon in its code, not in its config."""
+
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""Llama 3.1's rotary scaling beside its factor, as transformers names it; fixed in Megatron-Core's RotaryEmbedding."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,13 @@ WEIGHTS: tuple[Weight, ...] = (
 """Every weight of the decoder-only models we know, in the order of a forward pass."""
 
 
+FP8_STATE = ("fp8_scale", "fp8_amax_history")
+"""What our FP8 layers keep in a checkpoint beside their weights, as the last part of its name; no weight of a model."""
+
+MAIN_WEIGHT = "optimizer.state.param."
+"""In front of a weight's name: the float32 copy that the optimizer of a run in fewer bits moves."""
+
+
 @dataclass(frozen=True)
 class HookPoint:
     """A tensor inside one layer, by the module it enters or leaves."""
@@ -122,6 +132,9 @@ POST_ACTIVATION = HookPoint("mlp.linear_fc2", "mlp.down_proj", "input")
 
 GATE = HookPoint("mlp.linear_fc1", "mlp.gate_proj", "output")
 """What SiLU is applied to; in Megatron ``gate_half`` of the tensor."""
+
+MLP = HookPoint("mlp", "mlp", "output")
+"""What the MLP adds to it."""
 
 RESIDUAL = HookPoint("", "", "output")
 """The residual stream after the layer's second addition, before the final norm."""
@@ -165,6 +178,27 @@ HOOK_MODULES: dict[str, HookModules] = {
     "gpt_neox": HookModules("gpt_neox.layers", "mlp.dense_4h_to_h", "mlp.dense_h_to_4h", "attention", gated=False),
 }
 """By ``model_type`` of ``config.json``."""
+
+
+LAYERS = HookPoint("decoder.layers", "model.layers", "output")
+"""Where the layers are in the whole model, as lists of modules."""
+
+EMBEDDING = HookPoint("embedding", "model.embed_tokens", "output")
+"""The residual stream before the first layer."""
+
+COMPARED = (ATTENTION, MLP, RESIDUAL)
+"""What is compared inside every layer, in the order of a forward pass."""
+
+
+def place_in_layer(point: HookPoint, layer: int) -> str:
+    """A place inside a layer by Hugging Face's name: ``model.layers.3.mlp``."""
+    return f"{LAYERS.hugging_face}.{layer}" + (f".{point.hugging_face}" if point.hugging_face else "")
+
+
+def stored_name(name: str, stored: Container[str]) -> str:
+    """The name under which a checkpoint has a Megatron tensor: its own, or another one of the same entry."""
+    same = next((weight.megatron for weight in WEIGHTS if name in weight.megatron), ())
+    return next((candidate for candidate in (name, *same) if candidate in stored), name)
 
 
 def gate_half(fc1_width: int) -> slice:
@@ -214,6 +248,10 @@ def architecture(model: ModelConfig) -> str:
             f"model.layernorm_epsilon={OLMO_LAYERNORM_EPSILON}, or with model.normalization=RMSNorm."
         )
     return "OlmoForCausalLM"
+
+
+SAME_FUNCTION = (("MistralForCausalLM", "LlamaForCausalLM"),)
+"""Classes that compute the same as the one ``architecture`` gives: Mistral's without a sliding window is Llama's."""
 
 
 def weights_of(model: ModelConfig) -> Iterator[Weight]:

@@ -20,6 +20,7 @@ from megatron_xalign.config import RunConfig, read_config, to_yaml
 from megatron_xalign.errors import ConfigError, XAlignError
 from megatron_xalign.formats.atomic import read_json, write_json, write_text
 from megatron_xalign.formats.run_folder import RunFolder, check_same_run
+from megatron_xalign.job_script import SlurmOptions
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,44 @@ class ControlConfig:
     """Parallel fractions it is run at; all above 0 if left out."""
     seeds: tuple[int, ...] | None = None
     """Seeds it is run with; all if left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmConfig:
+    """What every training job of a study asks Slurm for (``xalign study --submit``)."""
+
+    nodes: int = 1
+    """Machines of one run."""
+    time_limit: str = "24:00:00"
+    """Of one job; a run saves before it, requeues itself and goes on."""
+    measure_time_limit: str = "04:00:00"
+    """Of the last job, which measures and draws."""
+    partition: str | None = None
+    """Where to queue."""
+    account: str | None = None
+    """Whose hours."""
+    gpus_per_node: int | None = None
+    """Devices of each machine; as many as processes if left out."""
+    cpus_per_task: int | None = None
+    """Cores of each machine; 7 a process if left out."""
+    stop_seconds: int = 300
+    """How long before the limit a run is told to save and leave."""
+    max_restarts: int = 3
+    """How often all processes start again after one failed."""
+    sbatch: tuple[str, ...] = ()
+    """Further options, as ``NAME=VALUE``."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before the job."""
+    prefix: str = ""
+    """What commands run in, such as ``apptainer exec --nv image.sif``."""
+
+    def options(self, nproc_per_node: int) -> SlurmOptions:
+        """As batch scripts are made of."""
+        return SlurmOptions(
+            time_limit=self.time_limit, partition=self.partition, account=self.account,
+            gpus_per_node=nproc_per_node if self.gpus_per_node is None else self.gpus_per_node,
+            cpus_per_task=self.cpus_per_task or 7 * nproc_per_node, stop_seconds=self.stop_seconds, more=self.sbatch,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +97,9 @@ class StudyConfig:
     overrides: tuple[str, ...] = ()
     """Settings of every run that differ from ``run``, as ``path.to.key=value``."""
     nproc_per_node: int = 1
-    """Processes of one run, where it is started here."""
+    """Processes of one run on each machine."""
+    slurm: SlurmConfig | None = None
+    """What its jobs ask for, where runs are jobs of a cluster."""
     title: str = "Parallel data and cross-lingual alignment"
     """Heading of the page."""
     hugging_face: bool = False
@@ -117,6 +158,7 @@ class StudyPlan:
 
     config: StudyConfig
     config_path: Path
+    overrides: tuple[str, ...]
     runs: list[StudyRun]
 
     @property
@@ -178,7 +220,7 @@ def plan_study(config_path: Path, overrides: Sequence[str] = ()) -> StudyPlan:
                 "held-out sentences while its runs train."
             )
         runs.append(StudyRun(resolved, fraction, seed, control, out / "configs" / f"{name}.yaml"))
-    return StudyPlan(config, config_path, runs)
+    return StudyPlan(config, config_path, tuple(overrides), runs)
 
 
 def _series(config: StudyConfig) -> Iterator[tuple[str | None, float]]:
@@ -254,9 +296,10 @@ def finish_study(plan: StudyPlan) -> dict[str, Any]:
         run.name: state["runs"][run.name].get("error", "not trained yet")
         for run in plan.runs if state["runs"][run.name]["state"] != "done"
     }
+    command = ["xalign", "study", str(plan.config_path), *(f"--set={item}" for item in plan.overrides)]
     page = workflows.report(
         [run.folder.path for run in done], plan.out / "report", title=plan.config.title,
-        commands=[f"xalign study {shlex.quote(str(plan.config_path))}"],
+        commands=[shlex.join(command)],
         controls={run.name: run.control for run in done if run.control}, missing=missing,
         hf={run.name: plan.out / "hf" / run.name for run in done} if plan.config.hugging_face else None,
     )

@@ -22,12 +22,38 @@ def describe_tokenizer(manifest: Mapping[str, Any]) -> str:
         f"{manifest['model']} tokenizer of {manifest['vocab_size']:,} entries (padded to {padded:,} for training), "
         f"end of document {manifest['eod_token']} = {manifest['eod']}, sha256 {manifest['sha256'][:12]}"
     ]
-    for language, facts in manifest["languages"].items():
-        lines.append(
-            f"  {language:10s}{facts['tokens_per_word']:6.2f} tokens a word, "
-            f"{facts['tokens_per_character']:.3f} a character, {facts['bytes_per_token']:.2f} bytes a token, "
-            f"{facts['unknown_rate']:.3%} unknown, {facts['byte_rate']:.3%} single bytes"
-        )
+    return "\n".join([*lines, *_fertility_lines(manifest)])
+
+
+def describe_fertility(report: Mapping[str, Any]) -> str:
+    """How many tokens a tokenizer spends on each language."""
+    first = (
+        f"{report['tokenizer']}: {report['kind']}, {report['vocab_size']:,} ids, end of document "
+        f"{report['eod_token']} = {report['eod']}, sha256 {report['sha256'][:12]}"
+    )
+    return "\n".join([first, *_fertility_lines(report)])
+
+
+def _fertility_lines(report: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"  {language:10s}{facts['tokens_per_word']:6.2f} tokens a word, "
+        f"{facts['tokens_per_character']:.3f} a character, {facts['bytes_per_token']:.2f} bytes a token, "
+        f"{facts['unknown_rate']:.3%} unknown, {facts['byte_rate']:.3%} parts of characters"
+        for language, facts in report["languages"].items()
+    ]
+    lines += [f"{number:14,}  line skipped: {why}" for why, number in report.get("skipped_lines", {}).items()]
+    return lines + [f"  skipped {example}" for example in report.get("examples_of_skipped", ())]
+
+
+def describe_tokenizer_plan(files: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
+    """What a tokenizer would be trained on, and what would be made."""
+    lines = [
+        f"would train a {facts['model']} tokenizer of up to {facts['vocab_size']:,} entries (padded to "
+        f"{facts['padded_vocab_size']:,} for training) and write it to {facts['out']}; nothing is touched"
+    ]
+    for file in files:
+        language = f", {file['language']}" if file["language"] else ""
+        lines.append(f"  {file['path']}: {file['format']}{language}, {file['bytes']:,} bytes")
     return "\n".join(lines)
 
 
@@ -215,3 +241,42 @@ def describe_series(report: Mapping[str, Any]) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+
+
+def describe_steering(report: Mapping[str, Any], out: Path) -> str:
+    """What steering did, beside the same prompts unsteered."""
+    target = report["options"]["target"]
+    lines = [
+        f"strength {report['chosen_strength']:g}, chosen among {len(report['search'])} on "
+        f"{report['chosen_on']['prompts']} prompts of its own; on the reported ones:",
+        f"  {'':34s}{'unsteered':>12s}{'steered':>12s}",
+    ]
+    for name, what in (
+        ("language_rate", f"identified as {target}"), ("source_language_rate", "identified as the prompts' language"),
+        ("undetermined", "too short to tell"), ("perplexity", "perplexity, unsteered model"),
+        ("distinct_2", "different 2-grams"), ("repeated_4gram_rate", "repeated 4-grams"),
+    ):  # fmt: skip
+        lines.append(f"  {what:34s}{report['unsteered'][name]:12.4g}{report['steered'][name]:12.4g}")
+    for name in ("coherence", "fluency") if "judge" in report else ():
+        judged = report["judge"]
+        lines.append(f"  {'judge: ' + name:34s}{judged['unsteered'][name]:12.3g}{judged['steered'][name]:12.3g}")
+    return "\n".join([*lines, f"  {out / 'steering.json'}"])
+
+
+def describe_ablation(report: Mapping[str, Any], out: Path) -> str:
+    """Whose neurons were switched off against whose loss changed."""
+    languages = report["languages"]
+    lines = [
+        f"change of the loss in nats per token, over {report['num_pairs']} pairs; in brackets: as many random neurons",
+        f"  {'neurons of':18s}" + "".join(f"{'loss of ' + language:>26s}" for language in languages),
+    ]
+    for number, language in enumerate(languages):
+        cells = [
+            f"{own:+.4f} ({random:+.4f})"
+            for own, random in zip(*(report["change"][kind][number] for kind in ("language", "random")), strict=True)
+        ]
+        lines.append(
+            f"  {language + ' ' + format(report['num_neurons'][language], ','):18s}"
+            + "".join(f"{cell:>26s}" for cell in cells)
+        )
+    return "\n".join([*lines, f"  {out}"])

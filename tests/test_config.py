@@ -9,6 +9,8 @@ import pytest
 from megatron_xalign.config import (
     CaptureConfig,
     DataConfig,
+    Fp8Config,
+    Fp16Config,
     MixtureConfig,
     ModelConfig,
     ParallelConfig,
@@ -74,6 +76,13 @@ def test_an_optional_group_can_be_switched_on_by_an_override(tmp_path: Path) -> 
         ("model: {hidden_size: 100, num_attention_heads: 6}", "hidden_size=100 is not divisible"),
         ("model: 3", "model=3 should be a group of settings"),
         ("parallel: {tensor_model_parallel_size: 4}", "num_attention_heads=6 is not divisible"),
+        ("parallel: {virtual_pipeline_model_parallel_size: 2}", "an interleaved pipeline needs at least 2 of both"),
+        (
+            "parallel: {pipeline_model_parallel_size: 2, virtual_pipeline_model_parallel_size: 3}",
+            "model.num_layers=4 is not divisible by parallel.pipeline_model_parallel_size=2 times "
+            "parallel.virtual_pipeline_model_parallel_size=3",
+        ),
+        ("{parallel: {context_parallel_size: 3}, data: {seq_length: 256}}", "seq_length=256 is not divisible by 6"),
         ("data: {sources: [{max_repeats: 2}]}", "data.sources.0.prefix is missing"),
         ("[1, 2]", "holds a list"),
         ("a: [1", "is not YAML"),
@@ -116,3 +125,45 @@ def test_derived_sizes_follow_megatron() -> None:
     model = ModelConfig(hidden_size=96, num_attention_heads=6, num_query_groups=2)
     assert (model.head_size, model.query_groups, ModelConfig().query_groups) == (16, 2, 6)
     assert ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=3).model_parallel_size == 6
+    assert ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=2).model_parallel_size == 4
+
+
+def test_precision_is_a_word_or_a_group_and_comes_back_from_yaml(tmp_path: Path) -> None:
+    assert (read(tmp_path, "").params_dtype, read(tmp_path, "precision: bf16").params_dtype) == ("fp32", "bf16")
+    half = read(tmp_path, "precision: fp16")
+    assert half.fp16 == Fp16Config() and half.params_dtype == "fp16" and half.fp8 is None
+    assert read(tmp_path, "precision: {fp16: {loss_scale: 128}}").fp16 == Fp16Config(loss_scale=128.0)
+    config = read(tmp_path, "precision: {fp8: {recipe: delayed, margin: 1}}", "precision.fp8.format=e4m3")
+    assert config.fp8 == Fp8Config(recipe="delayed", margin=1, format="e4m3")
+    assert (config.params_dtype, config.fp16, config.precision_name) == ("bf16", None, "FP8 (delayed, e4m3)")
+    for one in (half, config):
+        assert read(tmp_path, to_yaml(one)) == one
+
+
+def test_the_older_name_of_precision_is_read_and_not_beside_the_new_one(tmp_path: Path) -> None:
+    assert read(tmp_path, "training: {params_dtype: bf16, train_steps: 7}") == read(
+        tmp_path, "precision: bf16\ntraining: {train_steps: 7}"
+    )
+    with pytest.raises(ConfigError, match=r"params_dtype=bf16 and precision=fp16 say different things"):
+        read(tmp_path, "precision: fp16\ntraining: {params_dtype: bf16}")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("precision: fp64", "precision='fp64' is not one of bf16, fp16, fp32"),
+        ("precision: fp8", "precision='fp8' is not one of bf16, fp16, fp32 and no group of settings"),
+        ("precision: {}", "precision.fp8 and fp16: exactly one of them"),
+        ("precision: {fp8: {}, fp16: {}}", "exactly one of them"),
+        ("precision: {fp8: {recipe: mxfp4}}", "precision.fp8.recipe='mxfp4' is not one of delayed, tensorwise"),
+        ("precision: {fp8: {amax_history_len: 0, recipe: delayed}}", "amax_history_len=0 must be positive"),
+        ("precision: {fp8: {margin: 2}}", "margin=2 belongs to recipe=delayed"),
+        ("precision: {fp16: {loss_scale: -1}}", "loss_scale=-1.0 must be positive"),
+        ("precision: {fp16: {min_loss_scale: 9, initial_loss_scale: 8}}", "min_loss_scale=9.0 is above"),
+        ("backend: {layers: triton}", "backend.layers='triton' is not one of auto, te, local"),
+    ],
+)
+def test_a_bad_precision_is_named(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, text)
+    assert said in str(caught.value)

@@ -84,7 +84,36 @@ def test_recipes_by_device(capability: tuple[int, int] | None, is_rocm: bool, re
         ({"compilers": {"g++": None, "clang++": None}}, "no C++ compiler"),
         ({"limits": {"open_files": 256, "shared_memory_gib": 2.0, "utc": ""}}, "only 256 files"),
         ({"limits": {"open_files": None, "shared_memory_gib": 0.06, "utc": ""}}, "/dev/shm has 0.06 GiB"),
+        ({"limits": {"open_files": None, "shared_memory_gib": 2.0, "processes": 100, "utc": ""}}, "only 100 processes"),
+        ({"versions": {"megatron-core": "0.16.1", "torch": "2", "apex": "0.9.10.dev0"}}, "not NVIDIA's apex"),
     ],
 )
 def test_problems_are_said_with_a_way_out(found: dict[str, Any], change: dict[str, Any], said: str) -> None:
     assert any(said in problem for problem in doctor._problems(found | change))
+
+
+def device(capability: list[int], recipes: list[str]) -> dict[str, Any]:
+    return {"name": "GPU", "capability": capability, "memory_gib": 80.0, "fp8_recipes": recipes, "bf16": True}
+
+
+@pytest.mark.parametrize(
+    ("devices", "te", "needs"),
+    [
+        ([], True, "an NVIDIA GPU of compute capability 8.9 or higher"),
+        ([device([8, 0], [])], True, "an NVIDIA GPU of compute capability 8.9 or higher"),
+        ([device([9, 0], ["delayed"])], False, "Transformer Engine"), ([device([9, 0], ["delayed"])], True, None),
+    ],
+)
+def test_a_feature_says_what_it_lacks(
+    found: dict[str, Any], devices: list[Any], te: bool, needs: str | None
+) -> None:
+    optional = [item | {"works": te} if item["name"] == "Transformer Engine" else item for item in found["optional"]]
+    features = doctor._features(found | {"devices": devices, "optional": optional})
+    (fp8,) = [item for item in features if item["name"] == "FP8 by Transformer Engine"]
+    assert (fp8["works"], fp8.get("needs")) == (needs is None, needs)
+
+
+def test_how_to_build_transformer_engine_names_this_python_and_core(found: dict[str, Any]) -> None:
+    (item,) = [item for item in found["optional"] if item["name"] == "Transformer Engine"]
+    how = item.get("how", "CUDNN_PATH=/site-packages/nvidia/cudnn")
+    assert "CUDNN_PATH=/" in how and "{" not in how

@@ -13,6 +13,7 @@ from megatron_xalign.cli import main
 from megatron_xalign.config import RunConfig, read_config
 from megatron_xalign.errors import ConfigError, StoppedEarly, WorkerError
 from megatron_xalign.study import plan_study, read_study, run_study
+from megatron_xalign.study_jobs import study_scripts
 
 RUN = """
 model: {num_layers: 2}
@@ -165,3 +166,43 @@ def test_what_is_wrong_is_said_before_work_starts(config: Path, override: str, w
 def test_an_unknown_run_is_named(config: Path) -> None:
     with pytest.raises(ConfigError, match=r"no run p9; it has p0-s1, "):
         run_study(plan_study(config), ["p9"])
+
+
+SLURM = "slurm={account: A, nodes: 2, time_limit: '2:00:00', prefix: env X=1, setup: [module load python]}"
+
+
+def test_a_study_becomes_jobs_and_a_last_one_that_waits_for_them(
+    config: Path, done: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[tuple[str, str]] = []
+
+    def submit(script: str, path: Path) -> str:
+        taken.append((path.name, script))
+        return str(100 + len(taken))
+
+    monkeypatch.setattr("megatron_xalign.job_script.submit", submit)
+    done["trained"] = ["p0-s1"]
+    arguments = [
+        str(config), "--set", SLURM, "--set", "nproc_per_node=4", "--submit",
+        "--set", "overrides=[training.train_steps=20, training.micro_batch_size=1]",
+    ]
+    assert main("study", [*arguments, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert taken == [] and shown.count("#!/bin/bash") == 7 and not (config.parent / "out").exists()
+    assert main("study", arguments) == 0
+    assert capsys.readouterr().out.split() == [str(101 + number) for number in range(7)]
+    assert [name for name, _ in taken] == [*(f"{name}.sbatch" for name in NAMES[1:]), "measure.sbatch"]
+    first, last = taken[0][1], taken[-1][1]
+    assert all(line in first for line in ("#SBATCH --nodes=2", "#SBATCH --time=2:00:00", "module load python"))
+    assert "p0.05-s1.yaml" in first and "--nproc-per-node 4" in first and "env X=1" in first
+    assert last.splitlines()[:2] == ["#!/bin/bash", "#SBATCH --dependency=afterany:101:102:103:104:105:106"]
+    assert f"study {config}" in last and "--no-train" in last and "nproc_per_node=4" in last
+    assert done["trained"] == ["p0-s1"]  # nothing was trained here
+    assert all(run.config_path.is_file() for run in plan_study(config).runs)
+
+
+def test_jobs_need_a_slurm_section_and_a_layout_that_fits(config: Path, done: dict[str, list[Any]]) -> None:
+    with pytest.raises(ConfigError, match="has no slurm section"):
+        study_scripts(plan_study(config))
+    with pytest.raises(ConfigError, match=r"run p0-s1 of .*cannot be divided"):
+        study_scripts(plan_study(config, ["slurm={nodes: 3}"]))

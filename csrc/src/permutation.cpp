@@ -256,6 +256,16 @@ void Permutation::map(std::int64_t* positions, std::size_t count) const {
   }
 }
 
+void Permutation::map_back(std::int64_t* numbers, std::size_t count) const {
+  for (std::size_t i = 0; i < count; ++i) check_range(numbers[i], 1);
+  if (high_bits_ == 0) {
+    for (std::size_t i = 0; i < count; ++i) numbers[i] = unshuffled_[static_cast<std::size_t>(numbers[i])];
+  } else {
+    const Network net{size_, keys_.data(), high_bits_, low_bits_};
+    send<false>(net, count, Of{numbers}, numbers);
+  }
+}
+
 std::int64_t Permutation::at(std::int64_t position) const {
   std::int64_t number = 0;
   fill(position, 1, &number);

@@ -15,6 +15,8 @@ constexpr std::int64_t kLongestSequence = std::numeric_limits<std::int32_t>::max
 // Documents that one thread takes at least, and that are looked up together.
 constexpr std::int64_t kLeastDocuments = 1 << 14;
 constexpr std::int64_t kAtOnce = 512;
+// Sums that the threads which build an index may hold besides the index: 256 MiB.
+constexpr std::int64_t kMostOwnSums = std::int64_t{1} << 25;
 
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
@@ -210,35 +212,77 @@ void SourceStream::put(std::int64_t number, const Epoch& epoch) {
   }
 }
 
+// Adds to tokens[block] the lengths of the documents that the stream has there. Lengths are read one after the other and
+// sums, of which there are few, in any order: several times faster than the other way round.
+void SourceStream::add_in_file_order(const Epoch& epoch, int num_threads, std::vector<std::int64_t>& tokens) const {
+  // Of the first piece it is the result itself.
+  std::vector<std::vector<std::int64_t>> of_piece(256);
+  const std::int64_t size = split_ ? file_.num_documents : num_documents();
+  in_pieces(size, kLeastDocuments, num_threads, [&](std::int64_t piece, std::int64_t begin, std::int64_t end) {
+    auto& own = of_piece[static_cast<std::size_t>(piece)];
+    if (piece > 0) own.resize(tokens.size());
+    std::int64_t* const sums = piece > 0 ? own.data() : tokens.data();
+    std::int64_t positions[kAtOnce], lengths[kAtOnce];
+    for (std::int64_t at = begin; at < end; at += kAtOnce) {
+      std::int64_t count = std::min(kAtOnce, end - at);
+      if (split_) {
+        // Only those of the part.
+        split_->fill_positions(at, count, positions);
+        std::int64_t kept = 0;
+        for (std::int64_t i = 0; i < count; ++i) {
+          const std::int64_t position = positions[i];
+          if (position < part_begin_ || position >= part_end_) continue;
+          positions[kept] = position - part_begin_;
+          lengths[kept] = file_.length(at + i);
+          ++kept;
+        }
+        count = kept;
+        epoch.documents.map_back(positions, static_cast<std::size_t>(count));
+      } else {
+        epoch.documents.fill_positions(at, count, positions);
+        for (std::int64_t i = 0; i < count; ++i) lengths[i] = file_.length(part_begin_ + at + i);
+      }
+      // No overflow: kStride lengths of 31 bits.
+      for (std::int64_t i = 0; i < count; ++i) sums[positions[i] / kStride] += lengths[i];
+    }
+  });
+  for (const auto& own : of_piece) {
+    for (std::size_t block = 0; block < own.size(); ++block) tokens[block] += own[block];
+  }
+}
+
+// The same where few documents of the file are in the part, or there is no memory for a set of sums per thread.
+void SourceStream::add_in_stream_order(const Epoch& epoch, int num_threads, std::vector<std::int64_t>& tokens) const {
+  const auto num_blocks = static_cast<std::int64_t>(tokens.size()) - 1;
+  in_pieces(num_blocks, kLeastDocuments / kStride, num_threads,
+            [&](std::int64_t, std::int64_t begin, std::int64_t end) {
+              Walk walk(*this, epoch, begin * kStride, std::min(end * kStride, num_documents()));
+              DocumentPlace place{};
+              for (std::int64_t block = begin; block < end; ++block) {
+                for (std::int64_t i = 0; i < kStride && walk.next(place); ++i) {
+                  tokens[static_cast<std::size_t>(block)] += place.length;
+                }
+              }
+            });
+}
+
 std::vector<std::int64_t> SourceStream::build_starts(std::int64_t number, int num_threads) const {
   const auto epoch = keyed(number);
   const std::int64_t num_blocks = (num_documents() + kStride - 1) / kStride;
   std::vector<std::int64_t> starts(static_cast<std::size_t>(num_blocks) + 1);
-  std::vector<std::int64_t> of_piece(256, 0), first_block(257, 0);
-  const std::int64_t pieces = in_pieces(
-      num_blocks, kLeastDocuments / kStride, num_threads, [&](std::int64_t piece, std::int64_t begin, std::int64_t end) {
-        Walk walk(*this, *epoch, begin * kStride, std::min(end * kStride, num_documents()));
-        DocumentPlace place{};
-        std::int64_t tokens = 0;
-        for (std::int64_t block = begin; block < end; ++block) {
-          starts[static_cast<std::size_t>(block)] = tokens;
-          for (std::int64_t i = 0; i < kStride && walk.next(place); ++i) {
-            if (__builtin_add_overflow(tokens, place.length, &tokens)) stale("the number of tokens");
-          }
-        }
-        of_piece[static_cast<std::size_t>(piece)] = tokens;
-        first_block[static_cast<std::size_t>(piece)] = begin;
-      });
-  first_block[static_cast<std::size_t>(pieces)] = num_blocks;
-  std::int64_t before = 0;
-  for (std::int64_t piece = 0; piece < pieces; ++piece) {
-    const auto at = static_cast<std::size_t>(piece);
-    for (std::int64_t block = first_block[at]; block < first_block[at + 1]; ++block) {
-      starts[static_cast<std::size_t>(block)] += before;
-    }
-    if (__builtin_add_overflow(before, of_piece[at], &before)) stale("the number of tokens");
+  const bool is_most = !split_ || num_documents() >= file_.num_documents / 4;
+  if (is_most && (std::clamp(num_threads, 1, 256) - 1) * num_blocks <= kMostOwnSums) {
+    add_in_file_order(*epoch, num_threads, starts);
+  } else {
+    add_in_stream_order(*epoch, num_threads, starts);
   }
-  starts.back() = before;
+  // From the tokens of each block, and 0 at the end, to where it begins.
+  std::int64_t before = 0;
+  for (auto& start : starts) {
+    const std::int64_t tokens = start;
+    start = before;
+    if (__builtin_add_overflow(before, tokens, &before)) stale("the number of tokens");
+  }
   if (part_begin_ == 0 && part_end_ == file_.num_documents && before != file_.num_tokens) {
     throw damaged_file(file_.name + ": its documents have " + std::to_string(before) + " tokens together and the file " +
                        std::to_string(file_.num_tokens) + "; the index is damaged or of another file.");

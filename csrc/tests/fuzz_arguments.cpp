@@ -13,7 +13,10 @@
 #include "folding_tables.h"
 #include "fuzz.h"
 #include "xalign/blend.h"
+#include "xalign/blend_tally.h"
 #include "xalign/blender.h"
+#include "xalign/fair_queue.h"
+#include "xalign/fraction_schedule.h"
 #include "xalign/minhash.h"
 #include "xalign/packing.h"
 #include "xalign/probe_index.h"
@@ -61,7 +64,11 @@ void permutations(Chance& chance) {
   attempt([&] { order->fill_positions(chance.number(1000), chance.below(600) - 5, out.data()); });
   attempt([&] {
     auto positions = numbers<std::int64_t>(chance, 50, std::min<std::int64_t>(order->size(), 1000));
-    order->map(positions.data(), positions.size());
+    if (chance.one_in(2)) {
+      order->map(positions.data(), positions.size());
+    } else {
+      order->map_back(positions.data(), positions.size());
+    }
   });
 }
 

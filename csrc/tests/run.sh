@@ -3,7 +3,8 @@
 #   csrc/tests/run.sh [--sanitize|--threads] [--out FOLDER] [--fuzz SECONDS] [NAME ...]
 # --sanitize: address and undefined-behaviour sanitizers; --threads: the thread sanitizer. NAME: test_stream,
 # fuzz_stream, ...; all of them if left out. Only what a program needs is compiled, MAX_JOBS files at a time. Objects
-# stay in FOLDER (build/csrc-tests-*), so that a second run compiles what changed. CXX names the compiler.
+# stay in FOLDER (build/csrc-tests-*), so that a second run compiles what changed. CXX names the compiler, with words
+# before it if need be ("ccache g++").
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 root="$(dirname "$(dirname "$here")")"
@@ -70,11 +71,11 @@ done
 for object in "${!to_compile[@]}"; do
   printf '%s %s %s\n' "$(stat -c %s "${to_compile[$object]}")" "${to_compile[$object]}" "$object"
 done | sort -rn | cut -d' ' -f2- | xargs -r -P "${MAX_JOBS:-$(nproc)}" -n 2 bash -c \
-  '"$CXX" $flags -c "$0" -o "$1.partial" && mv "$1.partial" "$1" || { echo "FAILED to compile $0" >&2; exit 255; }'
+  '$CXX $flags -c "$0" -o "$1.partial" && mv "$1.partial" "$1" || { echo "FAILED to compile $0" >&2; exit 255; }'
 
 for name in "${names[@]}"; do
   # shellcheck disable=SC2086
-  "$CXX" $flags ${objects[$name]} -o "$out/$name"
+  $CXX $flags ${objects[$name]} -o "$out/$name"
   arguments=()
   [[ "$name" == fuzz_* ]] && arguments=("$fuzz")
   "$out/$name" "${arguments[@]}" || { echo "FAILED: $name" >&2; exit 1; }

@@ -112,6 +112,10 @@ void any_piece_is_the_same_as_all() {
     auto every = numbers;
     order.map(every.data(), every.size());
     for (std::size_t i = 0; i < every.size(); ++i) CHECK(every[i] == numbers[static_cast<std::size_t>(numbers[i])]);
+    order.map_back(every.data(), every.size());
+    CHECK(every == numbers);
+    order.map_back(some.data(), some.size());
+    CHECK(some == (std::vector<std::int64_t>{size - 1, 0, 17, 17, 3}));
   }
 }
 
@@ -255,8 +259,10 @@ void outside_is_refused() {
     order.fill(size, 0, numbers);
     numbers[0] = size;
     CHECK_THROWS((order.map(numbers, 1), 0), std::out_of_range);
+    CHECK_THROWS((order.map_back(numbers, 1), 0), std::out_of_range);
     numbers[0] = -1;
     CHECK_THROWS((order.map(numbers, 1), 0), std::out_of_range);
+    CHECK_THROWS((order.map_back(numbers, 1), 0), std::out_of_range);
   }
 }
 

@@ -134,6 +134,32 @@ void threads_change_nothing() {
   }
 }
 
+// Whether a part is most of its file decides how its index is built, not what is in it.
+void starts_are_the_sums_of_the_lengths() {
+  constexpr std::int64_t kDocuments = 40000;
+  const Longs lengths = some_lengths(4, kDocuments, 3);
+  for (const bool with_lengths : {true, false}) {
+    MadeFile file(lengths, with_lengths);
+    for (const bool is_split : {true, false}) {
+      for (const auto& part : Places{{0, kDocuments}, {1000, kDocuments}, {30000, 39999}, {39000, 39100}, {7, 7}}) {
+        const std::optional<std::uint64_t> key = is_split ? std::optional<std::uint64_t>(77) : std::nullopt;
+        SourceStream stream(file.view(), {8, false}, key, part.first, part.second);
+        stream.set_keys(0, 11, 12);
+        const Permutation split(77, kDocuments), order(11, part.second - part.first);
+        Longs expected{0};
+        std::int64_t tokens = 0;
+        for (std::int64_t position = 0; position < order.size(); ++position) {
+          const std::int64_t in_file = part.first + order.at(position);
+          tokens += lengths[static_cast<std::size_t>(is_split ? split.at(in_file) : in_file)];
+          if ((position + 1) % SourceStream::kStride == 0) expected.push_back(tokens);
+        }
+        if (order.size() % SourceStream::kStride != 0) expected.push_back(tokens);
+        for (const int threads : {1, 3}) CHECK(stream.build_starts(0, threads) == expected);
+      }
+    }
+  }
+}
+
 void a_part_holds_the_documents_that_the_split_puts_there() {
   MadeFile file(some_lengths(2, 400, 9));
   const Permutation split(77, 400);
@@ -243,6 +269,7 @@ int main() {
   windows_are_the_stream_cut_at_every_seq_length();
   counting_all_windows_is_counting_each();
   threads_change_nothing();
+  starts_are_the_sums_of_the_lengths();
   a_part_holds_the_documents_that_the_split_puts_there();
   lengths_beyond_int32_add_up_exactly();
   packings_are_what_was_packed();

@@ -97,6 +97,11 @@ def analyze_run(
     config = _config_of(run)
     folders = _folders(run, config, allow_unfinished)
     last = read_neuron_stats(folders[-1][1])
+    if last.layers != list(range(last.num_layers)):
+        raise FormatError(
+            f"{last.folder} holds layers {last.layers} of {last.num_layers}; the measures of a run need all of them: "
+            "capture without capture.layers (or --layers). Some layers are read with formats.neuron_stats."
+        )
     axes = _last_axes(last)
     counts_RP = (
         resampling.resample_counts(len(last.pair_ids), options.num_resamples, options.seed) if last.pair_ids else None

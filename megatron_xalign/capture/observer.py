@@ -8,7 +8,9 @@ for checkpoints: the sums since the last probe.
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,17 +33,20 @@ from megatron_xalign.capture.probe import (
     probe_sha256,
     run_probe,
 )
-from megatron_xalign.capture.recorder import Recorder
-from megatron_xalign.capture.scores import ScoreFunctions, append_scores, score_probe
+from megatron_xalign.capture.recorder import Recorder, Together
+from megatron_xalign.capture.samples import NeuronSamples
+from megatron_xalign.capture.scores import ScoreFunctions, append_scores, numbers_by_layer, score_probe
 from megatron_xalign.capture.writing import agree, error_of, holds_totals, residual_columns, write_statistics
-from megatron_xalign.config import RunConfig
+from megatron_xalign.config import RunConfig, to_tree
 from megatron_xalign.errors import CheckpointError, ConfigError
+from megatron_xalign.formats import neuron_samples
 from megatron_xalign.formats.neuron_stats import StatsIndex, stats_folder
 from megatron_xalign.topology import LocalPart, ObserverState, Ranks
 
 log = logging.getLogger(__name__)
 
 _SUMS = ("sum_KLF", "sum_of_squares_KLF", "max_KLF", "positive_KLF", "gate_positive_KLF")
+_SAMPLE = "sample."
 _HIDDEN_SUMS = ("residual_sums_2KMH", "attention_sums_2KLH")
 
 
@@ -83,7 +88,7 @@ class NeuronObserver:
     ) -> None:
         if config.capture is None:
             raise ValueError("config.capture is None: there is nothing to observe.")
-        if not probe and not config.capture.stream:
+        if not probe and not config.capture.stream and config.capture.sample is None:
             raise ConfigError(
                 "capture.stream=false and there are no probe sentences (data.probe), so nothing would be captured; "
                 "give one of them or leave out capture."
@@ -96,11 +101,14 @@ class NeuronObserver:
         self._probe_sha256 = probe_sha256(probe) if probe else ""
         self._languages = tuple(languages)
         self._recorder = Recorder(
-            model_chunks, ranks, current_batch, layers=self._capture.layers, defer_errors=True
+            model_chunks, ranks, current_batch, layers=self._capture.layers, defer_errors=True,
+            quantized=self._capture.quantized,
         )
         self._batches = build_probe_batches(
             probe, languages, eod_id, self._capture.probe_batch_tokens, config.data.seq_length,
-            multiple_of=ranks.tensor_size if self._recorder.sequence_parallel else 1,
+            multiple_of=math.lcm(
+                ranks.tensor_size if self._recorder.sequence_parallel else 1, config.length_multiple_of
+            ),
         )
         self._sums: StreamSums | None = None
         if self._capture.stream:
@@ -110,6 +118,9 @@ class NeuronObserver:
                 len(self._recorder.residual_rows) if self._capture.stream_residual else 0,
                 self._capture.stream_attention,
             )
+        self._samples: NeuronSamples | None = None
+        if self._capture.sample is not None:
+            self._samples = NeuronSamples(self._capture.sample, len(languages), self._recorder, ranks.device)
         self._disabled = False
         self._score = score if probe and self._capture.score_pairs else None
         self._scores: dict[str, Any] = {}
@@ -121,60 +132,69 @@ class NeuronObserver:
     name = "neurons"
 
     def state(self) -> ObserverState:
-        """The sums of the window that a checkpoint cuts in two, over all data-parallel ranks."""
-        if self._sums is None or self._window_first is None:
+        """What is kept of the window that a checkpoint cuts in two, over all data-parallel ranks."""
+        if self._window_first is None:
             return {"window_first": None}, {}
-        totals = self._totals()
-        return (
-            {
-                "window_first": self._window_first, "languages": list(self._languages),
-                "tokens_K": self._tokens().tolist(), "captured": self._what_is_summed(),
-            },
-            {key: self._part(totals[name][cut], name) for key, (name, cut) in self._pieces().items()},
-        )
+        values: dict[str, Any] = {
+            "window_first": self._window_first, "languages": list(self._languages), "captured": self._what_is_kept(),
+        }
+        parts: dict[str, LocalPart] = {}
+        if self._sums is not None:
+            totals = self._totals()
+            values["tokens_K"] = self._tokens().tolist()
+            parts |= {key: self._part(totals[name][cut], name) for key, (name, cut) in self._pieces().items()}
+        if self._samples is not None:
+            joined = self._samples.joined(self._ranks)
+            parts |= {f"{_SAMPLE}{name}": LocalPart(tensor=array) for name, array in joined.items()}
+        return values, parts
 
     def parts_of(self, values: Mapping[str, Any]) -> dict[str, LocalPart]:
         """Arrays that go with stored values, to be filled from a checkpoint.
 
         Raises:
-            CheckpointError: they were summed of something else, or this run does not sum.
+            CheckpointError: they were taken of something else than this run takes.
         """
         if values["window_first"] is None:
             return {}
-        if self._sums is None or tuple(values["languages"]) != self._languages:
-            raise CheckpointError(
-                f"the checkpoint holds neuron sums of {', '.join(values['languages'])} since step "
-                f"{values['window_first']}; this run captures "
-                f"{'no stream' if self._sums is None else ', '.join(self._languages)}. Resume with the settings of its "
-                "config.yaml."
-            )
-        if values.get("captured", self._what_is_summed()) != self._what_is_summed():
-            raise CheckpointError(
-                f"the checkpoint holds neuron sums of {values['captured']} since step {values['window_first']}; this "
-                f"run sums {self._what_is_summed()}. Resume with the settings of its config.yaml."
-            )
-        return {
-            key: self._part(torch.empty_like(getattr(self._sums, name)[cut]), name)
-            for key, (name, cut) in self._pieces().items()
-        }
+        own = {"languages": list(self._languages), "captured": self._what_is_kept()}
+        for name, value in own.items():
+            if values[name] != value:
+                raise CheckpointError(
+                    f"the checkpoint holds neuron sums since step {values['window_first']} of {name} {values[name]}; "
+                    f"this run captures {value}. Resume with the settings of its config.yaml."
+                )
+        parts: dict[str, LocalPart] = {}
+        if self._sums is not None:
+            parts |= {
+                key: self._part(torch.empty_like(getattr(self._sums, name)[cut]), name)
+                for key, (name, cut) in self._pieces().items()
+            }
+        if self._samples is not None:
+            parts |= {
+                f"{_SAMPLE}{name}": LocalPart(tensor=torch.empty_like(array))
+                for name, array in self._samples.arrays.items()
+            }
+        return parts
 
     def restore(self, state: ObserverState) -> None:
-        """Go on from a state; one data-parallel rank holds the sums of all."""
+        """Go on from a state; one data-parallel rank holds what was kept by all."""
         values, parts = state
         self._window_first = values["window_first"]
-        if self._sums is None or self._window_first is None:
+        for kept in self._kept():
+            kept.reset()
+        if self._window_first is None or self._ranks.data_rank > 0:
             return
-        if self._ranks.data_rank == 0:
-            self._sums.reset()
+        if self._sums is not None:
             self._sums.tokens_K += torch.tensor(values["tokens_K"], device=self._ranks.device)
             for key, (name, cut) in self._pieces().items():
-                getattr(self._sums, name)[cut].copy_(parts[key].tensor)
-            if self._recorder.sequence_parallel and self._ranks.tensor_rank > 0:
-                # Sums over tokens are whole in what was saved; here each rank adds those of its own tokens to its own.
-                for name in _HIDDEN_SUMS:
-                    getattr(self._sums, name).zero_()
-        else:
-            self._sums.reset()
+                # Sums over tokens are whole in what was saved; under sequence parallelism each rank then adds those of
+                # its own tokens to its own.
+                if not (name in _HIDDEN_SUMS and self._recorder.sequence_parallel and self._ranks.tensor_rank > 0):
+                    getattr(self._sums, name)[cut].copy_(parts[key].tensor)
+        if self._samples is not None:
+            self._samples.set({
+                key.removeprefix(_SAMPLE): part.tensor for key, part in parts.items() if key.startswith(_SAMPLE)
+            })
 
     def before_step(self, step: int) -> None:
         """Probe the untrained model; listen to the coming step if it is one of those to be summed."""
@@ -183,11 +203,17 @@ class NeuronObserver:
         if step == 0:
             with self._guarded("before the first step"):
                 self._write(step)
-        if self._sums is not None and self._window_first is None and not self._disabled:
-            self._sums.reset()
+        kept = self._kept()
+        if not kept:
+            return
+        if self._window_first is None:
+            for one in kept:
+                one.reset()
             self._window_first = step + 1
-        if self._sums is not None and not self._disabled and (step + 1) % self._capture.stream_interval_steps == 0:
-            self._recorder.start(self._sums)
+        if (step + 1) % self._capture.stream_interval_steps == 0:
+            if self._samples is not None:
+                self._samples.step = step + 1
+            self._recorder.start(kept[0] if len(kept) == 1 else Together(kept))
 
     def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Stop listening; at every probe interval and at the last step probe and write.
@@ -206,7 +232,7 @@ class NeuronObserver:
                 self._window_first = None
                 if self._scores and isinstance(metrics, MutableMapping):
                     # For observers that hear of this step later: the first in the run's list is the last.
-                    metrics["scores"] = self._scores
+                    metrics["scores"] = numbers_by_layer(self._scores)
 
     def after_save(self, step: int, path: Path) -> None:
         """Nothing: what is captured travels in the checkpoint."""
@@ -224,7 +250,7 @@ class NeuronObserver:
             if self._capture.on_error != "disable":
                 raise
             self._recorder.close()
-            self._disabled, self._sums, self._window_first = True, None, None
+            self._disabled, self._sums, self._samples, self._window_first = True, None, None, None
             log.warning(
                 "capture failed %s and is off for the rest of this run, as capture.on_error=disable asks; training "
                 "goes on. No further statistics are written. The error: %s", when, error, exc_info=error,
@@ -242,6 +268,8 @@ class NeuronObserver:
         with_stream = self._sums is not None and self._window_first is not None
         if with_stream:
             arrays |= self._stream_arrays()
+        if self._samples is not None and self._window_first is not None:
+            self._write_samples(step, self._window_first)
         if not self._probe and not with_stream:
             return None
         index = StatsIndex(
@@ -267,6 +295,25 @@ class NeuronObserver:
         )
         folder = stats_folder(self._config.output_dir, step)
         return write_statistics(folder, index, arrays, self._recorder, self._ranks)
+
+    def _write_samples(self, step: int, first_step: int) -> None:
+        assert self._samples is not None and self._capture.sample is not None
+        arrays = {name: array.cpu().numpy() for name, array in self._samples.joined(self._ranks).items()}
+        samples = neuron_samples.NeuronSamples(
+            step=step, languages=self._languages, neurons=self._samples.neurons, first_step=first_step,
+            seed=self._capture.sample.seed, arrays=arrays,
+        )
+
+        def write() -> None:
+            if self._ranks.rank == 0:
+                path = neuron_samples.samples_path(self._config.output_dir, step)
+                neuron_samples.write_samples(path, samples)
+
+        agree(self._ranks, error_of(write))
+
+    def _kept(self) -> list[Any]:
+        """What listens to training batches."""
+        return [one for one in (self._sums, self._samples) if one is not None]
 
     def _log_scores(self, step: int, result: ProbeResult) -> None:
         if self._score is None:
@@ -318,12 +365,15 @@ class NeuronObserver:
         kinds = (self._capture.stream_residual, self._capture.stream_attention)
         return (*_SUMS, *(name for name, wanted in zip(_HIDDEN_SUMS, kinds, strict=True) if wanted))
 
-    def _what_is_summed(self) -> dict[str, Any]:
-        layers = self._capture.layers
+    def _what_is_kept(self) -> dict[str, Any]:
+        capture = self._capture
         return {
-            "layers": None if layers is None else list(layers),
-            "residual": self._capture.stream_residual,
-            "attention": self._capture.stream_attention,
+            "layers": None if capture.layers is None else list(capture.layers),
+            "stream": self._sums is not None,
+            "residual": capture.stream_residual,
+            "attention": capture.stream_attention,
+            # As JSON gives it back.
+            "sample": None if capture.sample is None else json.loads(json.dumps(to_tree(capture.sample))),
         }
 
     def _pieces(self) -> dict[str, tuple[str, tuple[Any, ...]]]:

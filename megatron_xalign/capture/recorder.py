@@ -57,6 +57,37 @@ class Listener(Protocol):
         """Residual row ``Recorder.residual_rows[row]`` at ``micro_batch.positions``."""
 
 
+class Together:
+    """Several listeners as one."""
+
+    def __init__(self, listeners: Sequence[Any]) -> None:
+        self.wants_residual = any(listener.wants_residual for listener in listeners)
+        self.wants_attention = any(getattr(listener, "wants_attention", False) for listener in listeners)
+        self._listeners = listeners
+
+    def take_neurons(self, row: int, act_SBF: torch.Tensor, micro_batch: MicroBatch) -> None:
+        """Hand over to each."""
+        for listener in self._listeners:
+            listener.take_neurons(row, act_SBF, micro_batch)
+
+    def take_gates(self, row: int, gate_SBF: torch.Tensor, micro_batch: MicroBatch) -> None:
+        """Hand over to each."""
+        for listener in self._listeners:
+            listener.take_gates(row, gate_SBF, micro_batch)
+
+    def take_residual(self, row: int, hidden_SBH: torch.Tensor, micro_batch: MicroBatch) -> None:
+        """Hand over to those that want it."""
+        for listener in self._listeners:
+            if listener.wants_residual:
+                listener.take_residual(row, hidden_SBH, micro_batch)
+
+    def take_attention(self, row: int, output_SBH: torch.Tensor, micro_batch: MicroBatch) -> None:
+        """Hand over to those that want it."""
+        for listener in self._listeners:
+            if getattr(listener, "wants_attention", False):
+                listener.take_attention(row, output_SBH, micro_batch)
+
+
 Take = Callable[[int, Any, "MicroBatch"], None]
 
 
@@ -71,6 +102,8 @@ class Recorder:
         layers: global, 0-based layers to listen to; all if left out.
         defer_errors: an error in a hook ends listening and is raised by ``stop``, so that the forward and backward
             passes go on. Otherwise it is raised where it happens.
+        quantized: hand out neurons as the FP8 product after them reads them, not as they are before quantisation;
+            layers that compute in more bits are handed out as they are.
 
     Raises:
         ConfigError: the model has a setting under which the numbers could not be exact, or lacks one of the layers;
@@ -84,7 +117,9 @@ class Recorder:
         current_batch: CurrentBatch,
         layers: Sequence[int] | None = None,
         defer_errors: bool = False,
+        quantized: bool = False,
     ) -> None:
+        self._quantized = quantized
         points = model if isinstance(model, ModelPoints) else megatron_points(model, ranks)
         missing = sorted(set(layers or ()) - set(range(points.num_layers)))
         if missing:
@@ -191,7 +226,14 @@ class Recorder:
         self._seen[what, row] = 0
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._hand_over(what, row, take, lambda: args[0] if args else kwargs.get("hidden_states"))
+            def find() -> torch.Tensor | None:
+                tensor = args[0] if args else kwargs.get("hidden_states")
+                if what == "neurons" and self._quantized and tensor is not None:
+                    through_fp8: Any = module.quantised_copy
+                    return through_fp8(tensor)
+                return tensor
+
+            self._hand_over(what, row, take, find)
 
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 

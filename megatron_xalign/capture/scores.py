@@ -138,6 +138,31 @@ def append_scores(folder: str | Path, line: Mapping[str, Any]) -> None:
     write_text(path, "".join(text + "\n" for text in kept))
 
 
+def numbers_by_layer(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores for trackers, which take numbers by name and no lists: ``ap_count_0.9/fin_Latn/layer_03``.
+
+    In measures of the residual stream, whose lists are one longer, ``layer_input`` is the input of the first layer; the
+    other numbers count captured layers.
+    """
+    return {
+        measure: {
+            subject: {
+                **{name: value for name, value in numbers.items() if name != "layers"},
+                **{
+                    _layer_name(place - ("mean" in numbers)): value
+                    for place, value in enumerate(numbers["layers"])
+                },
+            }
+            for subject, numbers in subjects.items()
+        }
+        for measure, subjects in scores.items()
+    }
+
+
+def _layer_name(place: int) -> str:
+    return "layer_input" if place < 0 else f"layer_{place:02d}"
+
+
 def _aligned_rows(sentences: Sequence[ProbeSentence], probed: Sequence[str], most_pairs: int) -> np.ndarray:
     """int64 [K, P]: sentences of each language, aligned by pair; pairs without one of the languages are left out."""
     by_pair: dict[str, dict[str, int]] = {}

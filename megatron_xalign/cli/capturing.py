@@ -20,6 +20,13 @@ Several checkpoints of one model may go to one OUT, each under its step; all wit
 """
 
 
+_NEURON_EXAMPLES = """
+examples:
+  xalign neurons runs/p05                              every sampled neuron at the newest step
+  xalign neurons runs/p05 --neuron 3:17 --most 20 --json
+"""
+
+
 def add_verbs(verbs: Any) -> None:
     """Add the verbs of this file to the parser of ``xalign``."""
     parser = verb(
@@ -63,6 +70,46 @@ def add_verbs(verbs: Any) -> None:
         parser.add_argument(f"--{axis}-model-parallel-size", type=positive, default=1, metavar="N", help="(1)")
     parser.add_argument("--json", action="store_true", help="print what was captured as JSON")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done; touch nothing")
+
+
+    look = verb(
+        verbs, "neurons", "show what sampled neurons of a run fire on, as text (capture.sample)", _neurons,
+        _NEURON_EXAMPLES,
+    )
+    look.add_argument("run", type=Path, help="a run folder")
+    look.add_argument(
+        "--neuron", type=_neuron, action="append", default=[], metavar="LAYER:N", help="may be given again (all)"
+    )
+    look.add_argument("--step", type=natural, default=None, metavar="N", help="default: the newest")
+    look.add_argument("--most", type=positive, default=8, metavar="N", help="examples of each kind (8)")
+    look.add_argument("--tokenizer", type=Path, default=None, metavar="DIR", help="default: the run's")
+    look.add_argument("--json", action="store_true", help="print them as JSON")
+
+
+def _neuron(text: str) -> tuple[int, int]:
+    layer, separator, neuron = text.partition(":")
+    if not (separator and layer.isdecimal() and neuron.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form LAYER:NEURON, such as 3:17")
+    return int(layer), int(neuron)
+
+
+def _neurons(options: argparse.Namespace) -> int:
+    from megatron_xalign import workflows
+
+    found = workflows.look_at_neurons(
+        options.run, options.neuron, options.step, options.most, tokenizer=options.tokenizer
+    )
+    if options.json:
+        print_json(found)
+        return 0
+    for item in found:
+        print(f"neuron {item['layer']}:{item['neuron']}, training steps {item['first_step']} to {item['step']}")
+        for kind, title in (("top", "where it is largest"), ("sample", "drawn at random")):
+            print(f"  {title}")
+            for example in item[kind]:
+                text = f"{example['before']}[[{example['token']}]]{example['after']}".replace("\n", " ")
+                print(f"    {example['activation']:9.3f}  {example['language']}  {text}")
+    return 0
 
 
 def _layers(text: str) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ _STUDY_EXAMPLES = """
 examples:
   xalign study STUDY.yaml --dry-run
   xalign study STUDY.yaml                            trains here, one run after the other; the same command continues
-  xalign study STUDY.yaml --only p0.05-s1            one run, as a job of a cluster does it
+  xalign study STUDY.yaml --submit                   every run a job of Slurm, and a last one that measures and draws
+  xalign study STUDY.yaml --only p0.05-s1            one run alone
   xalign study STUDY.yaml --no-train                 measures what was trained elsewhere and draws the page
 
 a study's YAML:
@@ -77,6 +78,10 @@ def _add_study(verbs: Any) -> None:
         "--only", action="append", default=[], metavar="RUN",
         help="do this run alone (a job of a cluster); may be given again",
     )
+    parser.add_argument(
+        "--submit", action="store_true",
+        help="hand every run to Slurm as a job of its own, and a last job that measures and draws (slurm: in the YAML)",
+    )
     parser.add_argument("--no-train", action="store_true", help="measure and draw what other jobs have trained")
     parser.add_argument("--json", action="store_true", help="print how far every run is as JSON")
     parser.add_argument("--dry-run", action="store_true", help="print the runs and how far each is; touch nothing")
@@ -86,6 +91,14 @@ def _study(options: argparse.Namespace) -> int:
     from megatron_xalign import study
 
     plan = study.plan_study(options.config, options.overrides)
+    if options.submit:
+        from megatron_xalign import study_jobs
+
+        if options.dry_run:
+            print("\n".join(study_jobs.study_scripts(plan).values()))
+        else:
+            print("\n".join(study_jobs.submit_study(plan)))
+        return 0
     if options.dry_run:
         print(plan.describe())
         return 0

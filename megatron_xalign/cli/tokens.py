@@ -12,6 +12,48 @@ from megatron_xalign.cli.arguments import natural, positive, print_json, size, v
 from megatron_xalign.cli.records import add_records, fields_of
 from megatron_xalign.errors import ConfigError
 
+_TOKENIZER_EXAMPLES = """
+examples:
+  xalign tokenizer train C T --vocab-size 4096                  a folder that `xalign corpus` made
+  xalign tokenizer train eng_Latn=en/*.parquet fin_Latn=fi.jsonl.zst T --vocab-size 32000 --temperature 3.33
+  xalign tokenizer fertility T held_out.jsonl --language-key lang
+"""
+_TRAIN_EXAMPLES = """
+examples:
+  xalign tokenizer train C T --vocab-size 4096                  a folder that `xalign corpus` made
+  xalign tokenizer train eng_Latn=en/*.parquet fin_Latn=fi.jsonl.zst T --vocab-size 32000 --temperature 3.33
+  xalign tokenizer train web.jsonl T --language-key lang --model unigram --special-tokens "<|endoftext|>=0" "<|pad|>=1"
+  xalign tokenizer train web.jsonl T --language-key lang --vocab-size 50000 --fill-vocab --tensor-model-parallel-size 8
+
+Writes T/tokenizer.json (Hugging Face tokenizers), T/manifest.json (hash, padded size, special ids, and per language
+what was read, drawn and spent: tokens a word and a character, parts of characters) and the two small files that
+transformers reads. Every text has a spelling: bpe works on bytes, unigram spells rare characters in bytes. Text is
+drawn at random up to --max-bytes-per-language, which bounds memory; the same input, settings and seed give the same
+bytes. One that is there and was made of the same input with the same settings is kept.
+"""
+_FERTILITY_EXAMPLES = """
+examples:
+  xalign tokenizer fertility T en.jsonl --language eng_Latn
+  xalign tokenizer fertility llama.model pairs.jsonl --pairs eng_Latn,fin_Latn
+  xalign tokenizer fertility tokenizer.json eng_Latn=en.txt zho_Hans=zh.txt --json
+
+Any tokenizer that preprocessing takes. Languages without spaces between words have no tokens a word worth reading;
+compare them by tokens a character or bytes a token. Parts of characters: tokens that are bytes of characters the
+vocabulary lacks.
+"""
+_MERGE_EXAMPLES = """
+examples:
+  xalign merge D/fin D/fin_web D/fin_news
+  xalign merge D/all D/megatrons_own D/other --language eng_Latn --tokenizer T
+
+Files of one tokenizer and one kind (monolingual or parallel) become one, their documents in the order named. Memory
+does not grow with them; checksums are checked on the way; the result appears whole or not at all.
+"""
+_STATS_EXAMPLES = """
+examples:
+  xalign stats D/eng_Latn D/fin_Latn
+  xalign stats D/eng_Latn-fin_Latn --tokenizer T --json
+"""
 _VERIFY_EXAMPLES = """
 examples:
   xalign verify D/eng_Latn D/fin_Latn
@@ -27,6 +69,7 @@ examples:
 shuffled: every translation beside the source of another pair of about the same length. separated: each side a document
 of its own. Both have exactly the tokens of each language that the file of aligned pairs has.
 """
+_ON_ERROR = "a malformed line stops the job, or is passed over and counted (default: raise)"
 
 
 def add_verbs(verbs: Any) -> None:
@@ -39,10 +82,13 @@ def add_verbs(verbs: Any) -> None:
 
 
 def _add_tokenizer(verbs: Any) -> None:
-    parser = verb(verbs, "tokenizer", "train a tokenizer", _tokenizer_train)
+    parser = verb(
+        verbs, "tokenizer", "train a tokenizer, or see what one spends on each language", _tokenizer_train,
+        _TOKENIZER_EXAMPLES,
+    )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    train = actions.add_parser("train", help="train one on a corpus folder, balanced by language")
-    train.set_defaults(handler=_tokenizer_train)
+    _add_fertility(actions)
+    train = verb(actions, "train", "train one, balanced by language", _tokenizer_train, _TRAIN_EXAMPLES)
     train.add_argument(
         "corpus", nargs="+", metavar="CORPUS",
         help="folder that `xalign corpus` made; or files, folders and patterns as `xalign preprocess` reads them",
@@ -70,8 +116,41 @@ def _add_tokenizer(verbs: Any) -> None:
         "--max-bytes-per-language", type=size, default=None, metavar="N", help="text drawn at random (default: 200 MB)"
     )
     train.add_argument("--seed", type=natural, default=0, help="of that draw (default: 0)")
+    train.add_argument("--on-error", choices=("raise", "skip"), default="raise", help=_ON_ERROR)
+    train.add_argument("--dry-run", action="store_true", help="say what would be read and made; touch nothing")
     train.add_argument("--json", action="store_true", help="print the fertility report as JSON")
     add_records(train.add_argument_group("how files are read"))
+
+
+def _add_fertility(actions: Any) -> None:
+    parser = verb(
+        actions, "fertility", "count what a tokenizer spends on each language", _tokenizer_fertility,
+        _FERTILITY_EXAMPLES,
+    )
+    parser.add_argument("tokenizer", type=Path, help="tokenizer.json, SentencePiece .model, .tiktoken, or their folder")
+    parser.add_argument("corpus", nargs="+", metavar="INPUT", help="files, folders and patterns")
+    parser.add_argument(
+        "--max-bytes-per-language", type=size, default=10_000_000, metavar="N",
+        help="text drawn at random (default: 10 MB)",
+    )
+    parser.add_argument("--seed", type=natural, default=0, help="of that draw (default: 0)")
+    parser.add_argument("--on-error", choices=("raise", "skip"), default="raise", help=_ON_ERROR)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_records(parser.add_argument_group("how files are read"))
+
+
+def _tokenizer_fertility(options: argparse.Namespace) -> int:
+    from megatron_xalign import terminal, workflows
+
+    report = workflows.measure_fertility(
+        options.tokenizer, options.corpus, fields_of(options), input_format=options.input_format,
+        on_error=options.on_error, max_bytes_per_language=options.max_bytes_per_language, seed=options.seed,
+    )
+    if options.json:
+        print_json(report)
+    else:
+        print(terminal.describe_fertility(report))
+    return 0
 
 
 def _tokenizer_train(options: argparse.Namespace) -> int:
@@ -92,19 +171,41 @@ def _tokenizer_train(options: argparse.Namespace) -> int:
     elif options.eod_token is not None:
         further["special_tokens"] = (options.eod_token,)
     is_folder = len(options.corpus) == 1 and "=" not in options.corpus[0]
-    if is_folder and options.language is options.language_key is options.pairs is None:
+    is_corpus = is_folder and options.language is options.language_key is options.pairs is None
+    if options.dry_run:
+        return _tokenizer_plan(options, is_corpus)
+    if is_corpus:
         manifest = workflows.train_tokenizer(
             Path(options.corpus[0]), options.out, options.vocab_size, options.model, **further
         )
     else:
         manifest = workflows.train_tokenizer_on_files(
             options.corpus, fields_of(options), options.out, options.vocab_size, options.model,
-            input_format=options.input_format, **further,
+            input_format=options.input_format, on_error=options.on_error, **further,
         )
     if options.json:
         print_json(manifest)
     else:
         print(terminal.describe_tokenizer(manifest))
+    return 0
+
+
+def _tokenizer_plan(options: argparse.Namespace, is_corpus: bool) -> int:
+    from megatron_xalign import terminal, workflows
+
+    if is_corpus:
+        files = workflows.corpus_files(Path(options.corpus[0]))
+    else:
+        files = workflows.input_files(options.corpus, fields_of(options), input_format=options.input_format)
+    multiple = options.make_vocab_size_divisible_by * options.tensor_model_parallel_size
+    facts = {
+        "out": str(options.out), "model": options.model, "vocab_size": options.vocab_size,
+        "padded_vocab_size": -(-options.vocab_size // multiple) * multiple,
+    }
+    if options.json:
+        print_json({**facts, "inputs": files})
+    else:
+        print(terminal.describe_tokenizer_plan(files, facts))
     return 0
 
 
@@ -145,7 +246,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _add_merge(verbs: Any) -> None:
-    parser = verb(verbs, "merge", "join token files in order, documents, languages and all", _merge)
+    parser = verb(verbs, "merge", "join token files in order, documents, languages and all", _merge, _MERGE_EXAMPLES)
     parser.add_argument("out", type=Path, help="token file to write, without its ending")
     parser.add_argument("prefix", type=Path, nargs="+", help="token files, in order")
     parser.add_argument("--language", default=None, help="of files without companions (Megatron's own)")
@@ -172,7 +273,9 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _add_stats(verbs: Any) -> None:
-    parser = verb(verbs, "stats", "count what token files hold: documents, lengths, languages, tokens", _stats)
+    parser = verb(
+        verbs, "stats", "count what token files hold: documents, lengths, languages, tokens", _stats, _STATS_EXAMPLES
+    )
     parser.add_argument("prefix", type=Path, nargs="+", help="token files, without their ending")
     parser.add_argument("--tokenizer", type=Path, default=None, help="shows tokens as text")
     parser.add_argument("--language", default=None, help="of files without companions (Megatron's own)")

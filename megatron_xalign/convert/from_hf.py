@@ -6,7 +6,9 @@ used and every tensor of the model is filled; what does not fit is refused by na
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,24 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from megatron_xalign import __version__, names
 from megatron_xalign.config import DataConfig, ModelConfig, RunConfig, to_tree
+from megatron_xalign.convert.safetensors_files import FolderTensors
 from megatron_xalign.convert.to_hf import DTYPES
+from megatron_xalign.convert.tokenizer_files import ROLES, special_ids_of_config
 from megatron_xalign.errors import CheckpointError, ConfigError, XAlignError
-from megatron_xalign.formats.atomic import read_json, sha256_of, whole_folder, write_json
-from megatron_xalign.formats.checkpoint_folder import FORMAT, MANIFEST, VERSION, describe_file
-from megatron_xalign.formats.checkpoint_writer import CheckpointWriter
+from megatron_xalign.formats.atomic import sha256_of, write_json
+from megatron_xalign.formats.checkpoint_folder import FORMAT, MANIFEST, VERSION
+from megatron_xalign.formats.checkpoint_writer import FILE_BYTES, CheckpointWriter
+from megatron_xalign.formats.resumable import resumable_folder
 from megatron_xalign.progress import progress_bar
-
-_ROPE_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def from_hf(
-    folder: str | Path, out: str | Path, *, dtype: str | None = None, make_vocab_size_divisible_by: int = 128
+    folder: str | Path, out: str | Path, *, dtype: str | None = None, make_vocab_size_divisible_by: int = 128,
+    file_bytes: int = FILE_BYTES,
 ) -> Path:
     """Write a checkpoint with the weights of a Hugging Face folder; it appears whole or not at all.
+
+    A call that was killed is continued by the same call: files that were whole are kept.
 
     Args:
         folder: ``config.json`` and ``*.safetensors`` of a Llama, Mistral, Qwen2, Qwen3 or OLMo model.
@@ -40,6 +45,7 @@ def from_hf(
         dtype: ``float32``, ``bfloat16`` or ``float16``; default: what each tensor is stored in.
         make_vocab_size_divisible_by: the vocabulary gets rows of zeros up to a multiple of this; a run on more
             tensor-parallel ranks pads further by itself.
+        file_bytes: a new file of the checkpoint is begun once one has grown past this.
 
     Returns:
         ``out``.
@@ -58,13 +64,15 @@ def from_hf(
     model, architecture = model_config(settings, folder)
     config = _run_config(model, settings, folder)
     padded = -(-settings.vocab_size // make_vocab_size_divisible_by) * make_vocab_size_divisible_by
+    special = special_ids_of_config({f"{role}_token_id": getattr(settings, f"{role}_token_id", None) for role in ROLES})
     try:
         with ExitStack() as stack:
-            tensors = _Tensors(folder, stack)
+            tensors = FolderTensors(folder, stack)
             plan = list(_plan(model, settings.vocab_size, padded, tensors))
-            partial = stack.enter_context(whole_folder(out))
-            _write(partial, plan, tensors, None if dtype is None else DTYPES[dtype])
-            _write_manifest(partial, config, settings.vocab_size, architecture, folder)
+            identity = json.dumps([__version__, str(folder.resolve()), tensors.identity(), dtype, padded])
+            partial = stack.enter_context(resumable_folder(out, hashlib.sha256(identity.encode()).hexdigest()))
+            files = _write(partial, plan, tensors, None if dtype is None else DTYPES[dtype], file_bytes)
+            _write_manifest(partial, config, settings.vocab_size, architecture, special, folder, files)
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error}. Nothing is left of it.") from None
     return out
@@ -134,11 +142,11 @@ def _rotary(settings: Any, folder: Path) -> tuple[int, float | None]:
         )
     if kind == "default":
         return int(base), None
-    fixed = {name: float(rope.get(name, 0)) for name in _ROPE_LLAMA3}
-    if kind != "llama3" or fixed != {name: float(value) for name, value in _ROPE_LLAMA3.items()}:
+    fixed = {name: float(rope.get(name, 0)) for name in names.LLAMA3_ROPE}
+    if kind != "llama3" or fixed != {name: float(value) for name, value in names.LLAMA3_ROPE.items()}:
         raise ConfigError(
             f"{folder / 'config.json'} scales rotary positions by {dict(rope)}; Megatron-Core has rope_type llama3 "
-            f"with {_ROPE_LLAMA3} only."
+            f"with {names.LLAMA3_ROPE} only."
         )
     return int(base), float(rope["factor"])
 
@@ -171,68 +179,6 @@ def _run_config(model: ModelConfig, settings: Any, folder: Path) -> RunConfig:
         raise ConfigError(f"{folder}: {error}") from None
 
 
-class _Tensors:
-    """The tensors of a folder by name, whatever files they lie in."""
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            stated: Any = read_json(index)
-            files = stated.get("weight_map") if isinstance(stated, dict) else None
-            if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-                raise CheckpointError(f"{index} has no weight_map from tensors to files.")
-        elif (folder / "model.safetensors").is_file():
-            files = None
-        else:
-            raise CheckpointError(
-                f"{folder} holds no model.safetensors and no index of several; pickled weights (*.bin) are not read. "
-                "Save the model again with save_pretrained(..., safe_serialization=True)."
-            )
-        paths = {"model.safetensors"} if files is None else set(files.values())
-        for name in sorted(paths):
-            if Path(name).name != name:
-                raise CheckpointError(f"{index} names {name!r}, which is not a file inside the folder.")
-        opened = {name: self._open(name, stack) for name in sorted(paths)}
-        self._file_of: dict[str, Any] = {}
-        for name, file in opened.items():
-            for tensor in file.keys():  # noqa: SIM118 - not a dict
-                if files is not None and files.get(tensor) != name:
-                    raise CheckpointError(f"{index} and {folder / name} disagree about {tensor}.")
-                self._file_of[tensor] = file
-        missing = sorted(set(files or {}) - set(self._file_of))
-        if missing:
-            raise CheckpointError(f"{folder} lacks {', '.join(missing[:5])}, which {index.name} promises.")
-
-    def _open(self, name: str, stack: ExitStack) -> Any:
-        try:
-            return stack.enter_context(safe_open(self.folder / name, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder / name} is missing or damaged: {error}.") from None
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def names(self) -> set[str]:
-        """Of all tensors."""
-        return set(self._file_of)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Without reading the tensor."""
-        return tuple(self._file_of[name].get_slice(name).get_shape())
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor.
-
-        Raises:
-            CheckpointError: its numbers are not finite.
-        """
-        tensor: torch.Tensor = self._file_of[name].get_tensor(name)
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{name} in {self.folder} holds values that are not finite.")
-        return tensor
-
-
 @dataclass(frozen=True)
 class _Move:
     target: str
@@ -242,7 +188,7 @@ class _Move:
     sources: tuple[str, ...]
 
 
-def _plan(model: ModelConfig, vocab_size: int, padded: int, tensors: _Tensors) -> Iterator[_Move]:
+def _plan(model: ModelConfig, vocab_size: int, padded: int, tensors: FolderTensors) -> Iterator[_Move]:
     """Which tensors make which, before anything is written."""
     used: set[str] = set()
     for weight in names.weights_of(model):
@@ -276,38 +222,57 @@ def _plan(model: ModelConfig, vocab_size: int, padded: int, tensors: _Tensors) -
         )
 
 
-def _write(folder: Path, plan: list[_Move], tensors: _Tensors, dtype: torch.dtype | None) -> None:
-    with CheckpointWriter(folder) as writer, progress_bar(len(plan), "converting", " tensors") as bar:
+def _write(
+    folder: Path, plan: list[_Move], tensors: FolderTensors, dtype: torch.dtype | None, file_bytes: int
+) -> dict[str, dict[str, Any]]:
+    """Write all tensors; sizes and hashes of the files."""
+    with CheckpointWriter(folder, file_bytes) as writer, progress_bar(len(plan), "converting", " tensors") as bar:
         for move in plan:
-            chunk = _join(move, tensors, dtype)
-            if move.layer is None:
-                writer.add(move.target, move.shape, [0] * chunk.dim(), chunk)
-            else:
-                writer.add(move.target, move.shape, [move.layer, *[0] * chunk.dim()], chunk[None])
+            layered = move.layer is not None
+            offsets = [0] * len(move.shape) if move.layer is None else [move.layer, *[0] * (len(move.shape) - 1)]
+            if not writer.has(move.target, offsets):
+                chunk = _join(move, tensors, dtype)
+                writer.add(move.target, move.shape, offsets, chunk[None] if layered else chunk)
+                del chunk  # before the next one is read
             bar.update(1)
         writer.finish()
+        return writer.files
 
 
-def _join(move: _Move, tensors: _Tensors, dtype: torch.dtype | None) -> torch.Tensor:
+def _join(move: _Move, tensors: FolderTensors, dtype: torch.dtype | None) -> torch.Tensor:
     """Put the Hugging Face matrices into their ranges of the Megatron matrix; other rows (padding) are zero."""
-    joined: torch.Tensor | None = None
+    stored = {tensors.dtype(source) for source in move.sources}
+    if dtype is None and len(stored) > 1:
+        raise CheckpointError(
+            f"{', '.join(move.sources)} in {tensors.folder} are stored as {', '.join(sorted(map(str, stored)))}; name "
+            "one type with --dtype."
+        )
+    target = dtype or next(iter(stored))
+    if target not in DTYPES.values():
+        raise CheckpointError(f"{move.sources[0]} in {tensors.folder} is stored as {target}; name a type with --dtype.")
+    first = move.views[0]
+    rest = move.shape[1:] if move.layer is None else move.shape[2:]
+    joined = torch.zeros(first.blocks, first.width, *rest, dtype=target)
     for view, source in zip(move.views, move.sources, strict=True):
+        rows = joined[:, view.start : view.stop]
+        if view.blocks == 1 and tensors.dtype(source) == target:
+            tensors.read(source, rows[0])
+            continue
         part = tensors.read(source)
-        part = part if dtype is None else part.to(dtype)
-        if not torch.isfinite(part).all():
+        cast = part.to(target)
+        if cast.dtype != part.dtype and not all(bool(torch.isfinite(end)) for end in torch.aminmax(cast)):
             raise ConfigError(
-                f"dtype={str(dtype).removeprefix('torch.')} cannot hold {source}; use bfloat16 or float32."
+                f"dtype={str(target).removeprefix('torch.')} cannot hold {source}; use bfloat16 or float32."
             )
-        if joined is None:
-            joined = torch.zeros(view.blocks, view.width, *part.shape[1:], dtype=part.dtype)
-        joined[:, view.start : view.stop] = part.reshape(view.blocks, view.stop - view.start, *part.shape[1:])
-    assert joined is not None
+        rows.copy_(cast.view(rows.shape))
     return joined.flatten(0, 1)
 
 
-def _write_manifest(folder: Path, config: RunConfig, vocab_size: int, architecture: str, source: Path) -> None:
+def _write_manifest(
+    folder: Path, config: RunConfig, vocab_size: int, architecture: str, special_ids: dict[str, Any], source: Path,
+    files: dict[str, dict[str, Any]],
+) -> None:
     tokenizer = source / "tokenizer.json"
-    files = {path.name: describe_file(path) for path in sorted(folder.iterdir())}
     write_json(
         folder / MANIFEST,
         {
@@ -321,7 +286,7 @@ def _write_manifest(folder: Path, config: RunConfig, vocab_size: int, architectu
             "extra": {
                 "config": to_tree(config), "vocab_size": vocab_size, "consumed_samples": 0,
                 "tokenizer_sha256": sha256_of(tokenizer) if tokenizer.is_file() else "",
-                "architecture": architecture, "imported_from": str(source),
+                "architecture": architecture, "special_ids": special_ids, "imported_from": str(source),
             },
             "files": files,
         },

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_xalign import __version__
 from megatron_xalign.config import RunConfig, to_yaml
+from megatron_xalign.convert.source import Source
 from megatron_xalign.formats.atomic import read_json
 
 _CARD = """---
@@ -17,7 +19,7 @@ pipeline_tag: text-generation
 
 `{architecture}` with {num_layers} layers of width {hidden_size} ({ffn_hidden_size} neurons each), a vocabulary of
 {vocab_size} tokens and sequences of {seq_length} tokens, stored as {dtype}. Trained with Megatron-Core
-{megatron_core} and converted by megatron_xalign {version} from `{checkpoint}`.
+({trained_with}) and converted by megatron_xalign {version} from `{checkpoint}`.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,12 +27,11 @@ model = AutoModelForCausalLM.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```
 
-Documents were separated by the end-of-document token, which is `eos` here; there is no `bos`. It is a base model: it
-continues text and follows no instructions.
+{special} It is a base model: it continues text and follows no instructions.
 
 ## Training data
 
-{tokens:,} tokens in {steps} of {train_steps} steps. {mixture}
+{tokens:,} tokens in {steps} steps. {mixture}
 {sources}
 ## Configuration
 
@@ -39,26 +40,54 @@ continues text and follows no instructions.
 """
 
 
-def model_card(
-    checkpoint: Path, manifest: dict[str, Any], config: RunConfig, architecture: str, dtype: str
-) -> str:
+def model_card(source: Source, dtype: str) -> str:
     """Markdown that describes a converted model.
 
     The mixture is the audited one if the checkpoint still lies in its run folder, else the one asked for.
     """
-    audit_path = checkpoint.resolve().parent.parent / "audit.json"
-    audit = read_json(audit_path) if audit_path.is_file() else None
-    step = manifest["step"]
+    config = source.config
+    audit = _read_if_there(_run_folder(source) / "audit.json")
     return _CARD.format(
-        name=config.name, step=step, architecture=architecture, num_layers=config.model.num_layers,
+        name=config.name, step=source.step, architecture=source.architecture, num_layers=config.model.num_layers,
         hidden_size=config.model.hidden_size, ffn_hidden_size=config.model.ffn_hidden_size,
-        vocab_size=manifest["extra"]["vocab_size"], seq_length=config.data.seq_length, dtype=dtype,
-        megatron_core=manifest["versions"]["megatron_core"], version=manifest["versions"]["megatron_xalign"],
-        checkpoint=f"{checkpoint.resolve().parent.parent.name}/checkpoints/{checkpoint.resolve().name}", folder=".",
-        tokens=step * config.training.global_batch_size * config.data.seq_length, steps=step,
-        train_steps=config.training.train_steps, mixture=_mixture(config, audit), sources=_sources(audit),
-        config=to_yaml(config),
+        vocab_size=source.vocab_size, seq_length=config.data.seq_length, dtype=dtype,
+        trained_with=source.trained_with, version=__version__,
+        checkpoint=f"{_run_folder(source).name}/checkpoints/{source.folder.resolve().name}", folder=".",
+        special=_special(source.special_ids), tokens=source.consumed_tokens, steps=source.step,
+        mixture=_mixture(config, audit), sources=_sources(audit), config=to_yaml(config),
     )
+
+
+def run_files(source: Source) -> dict[str, Any]:
+    """What the run's folder tells of the run, as files of the converted model: facts, audited mixture, token files.
+
+    Only what still lies where the checkpoint and its config say.
+    """
+    run = _run_folder(source)
+    found = {f"xalign-{name}.json": _read_if_there(run / f"{name}.json") for name in ("run", "audit")}
+    manifests = {
+        Path(item.prefix).name: content
+        for item in source.config.data.sources
+        if (content := _read_if_there(Path(f"{item.prefix}.manifest.json"))) is not None
+    }
+    return {name: content for name, content in found.items() if content is not None} | (
+        {"xalign-data.json": manifests} if manifests else {}
+    )
+
+
+def _run_folder(source: Source) -> Path:
+    return source.folder.resolve().parent.parent
+
+
+def _read_if_there(path: Path) -> Any:
+    return read_json(path) if path.is_file() else None
+
+
+def _special(special_ids: dict[str, Any]) -> str:
+    named = [f"`{role}` is {value}" for role, value in special_ids.items() if value is not None]
+    if not named:
+        return "No tokenizer came with it."
+    return f"Of the special tokens {', '.join(named)}; documents were separated by the end-of-document token (`eos`)."
 
 
 def _mixture(config: RunConfig, audit: dict[str, Any] | None) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import torch
+
+from megatron_xalign.formats.resumable import piece
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -29,33 +31,49 @@ class Announced:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def header_bytes(announced: Sequence[Announced]) -> bytes:
+    """How a safetensors file with these tensors begins.
+
+    Raises:
+        ValueError: a tensor is announced twice.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for item in announced:
+        if item.name in header:
+            raise ValueError(f"{item.name} is announced twice.")
+        stop = start + item.num_bytes
+        header[item.name] = {
+            "dtype": _DTYPE_NAMES[item.dtype], "shape": list(item.shape), "data_offsets": [start, stop]
+        }
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # numbers start at a multiple of eight
+    return len(text).to_bytes(8, "little") + text
+
+
 class SafetensorsStream:
     """One safetensors file being written; tensors come in the order they were announced in."""
 
     def __init__(self, file: IO[bytes], announced: Sequence[Announced]) -> None:
         self._file = file
         self._expected = iter(announced)
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        start = 0
-        for item in announced:
-            if item.name in header:
-                raise ValueError(f"{item.name} is announced twice.")
-            stop = start + item.num_bytes
-            header[item.name] = {
-                "dtype": _DTYPE_NAMES[item.dtype], "shape": list(item.shape), "data_offsets": [start, stop]
-            }
-            start = stop
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # numbers start at a multiple of eight
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header_bytes(announced))
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append the next tensor; ValueError if it is not the one announced."""
+    def write(self, name: str, parts: Iterable[torch.Tensor]) -> None:
+        """Append the next tensor, given as consecutive parts; ValueError if it is not the one announced."""
         expected = next(self._expected, None)
-        if expected is None or expected != Announced(name, tuple(tensor.shape), tensor.dtype):
-            raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype} was written where {expected} was announced.")
-        # NumPy knows no bfloat16, but every type as bytes.
-        self._file.write(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        if expected is None or expected.name != name:
+            raise ValueError(f"{name} was written where {expected} was announced.")
+        written = 0
+        for part in parts:
+            if part.dtype != expected.dtype:
+                raise ValueError(f"{name} {part.dtype} was written where {expected} was announced.")
+            # NumPy knows no bfloat16, but every type as bytes.
+            self._file.write(part.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            written += part.numel() * part.dtype.itemsize
+        if written != expected.num_bytes:
+            raise ValueError(f"{written} bytes of {name} were written where {expected} was announced.")
 
     def finish(self) -> None:
         """Make sure that nothing announced is missing."""
@@ -66,11 +84,25 @@ class SafetensorsStream:
 
 @contextmanager
 def open_stream(path: Path, announced: Sequence[Announced]) -> Iterator[SafetensorsStream]:
-    """Open a file for ``announced`` tensors; leaving the block without having written all of them is a ValueError."""
-    with path.open("wb") as file:
+    """Open a file for ``announced`` tensors; it has its name once all are on the disk.
+
+    Raises:
+        ValueError: the block was left without having written all of them.
+    """
+    with piece(path) as file:
         stream = SafetensorsStream(file, announced)
         yield stream
         stream.finish()
+
+
+def is_written(path: Path, announced: Sequence[Announced]) -> bool:
+    """Whether a file is the one that ``open_stream`` would make, by its beginning and its size."""
+    if not path.is_file():
+        return False
+    header = header_bytes(announced)
+    with path.open("rb") as file:
+        begins = file.read(len(header)) == header
+    return begins and path.stat().st_size == len(header) + sum(item.num_bytes for item in announced)
 
 
 def plan_shards(groups: Sequence[Sequence[Announced]], max_shard_bytes: int) -> list[list[int]]:

@@ -3,34 +3,40 @@
 The model class is the one of transformers that computes the same function (``names.architecture``). Every tensor of
 the model in the checkpoint is used, every tensor that class expects is written exactly once, and padded rows of the
 vocabulary are left behind; anything that does not fit this is refused by name.
+
+One Megatron tensor (of one layer) is in memory, and some megabytes of what is cut from it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_xalign import names
-from megatron_xalign.config import ModelConfig, RunConfig, from_tree, to_yaml
-from megatron_xalign.convert.model_card import model_card
-from megatron_xalign.convert.stream import Announced, open_stream, plan_shards, shard_index
-from megatron_xalign.errors import CheckpointError, ConfigError, FormatError
-from megatron_xalign.formats.atomic import read_json, sha256_of, whole_folder, write_json, write_text
+from megatron_xalign import __version__, names
+from megatron_xalign.config import RunConfig, to_yaml
+from megatron_xalign.convert.model_card import model_card, run_files
+from megatron_xalign.convert.source import Source, read_source
+from megatron_xalign.convert.stream import Announced, is_written, open_stream, plan_shards, shard_index
+from megatron_xalign.errors import CheckpointError, ConfigError
+from megatron_xalign.formats.atomic import write_json, write_text
 from megatron_xalign.formats.checkpoint import CheckpointReader
-from megatron_xalign.formats.checkpoint_folder import MANIFEST, check_whole
+from megatron_xalign.formats.resumable import resumable_folder
 from megatron_xalign.names import RowView, Weight
 from megatron_xalign.progress import progress_bar
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_NOT_OF_THE_MODEL = ("optimizer.", "observers.")
+_NOT_OF_THE_MODEL = ("optimizer.", "chained_", "observers.", "rng_state", "rerun_state_machine_state")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_PART_NUMBERS = 2 << 20
+"""Numbers that are cut, cast and written at once."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +51,20 @@ class _Move:
 
 def to_hf(
     checkpoint: str | Path, out: str | Path, tokenizer: str | Path | None = None, dtype: str | None = None,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int = "5GB", stated: Mapping[str, Any] | None = None, architecture: str | None = None,
 ) -> Path:
     """Write the Hugging Face folder of a checkpoint; it appears whole or not at all.
 
+    A call that was killed is continued by the same call: files that were whole are kept.
+
     Args:
-        checkpoint: ``checkpoints/step-NNNNNN`` of a run.
+        checkpoint: ``checkpoints/step-NNNNNN`` of a run, or ``iter_NNNNNNN`` of Megatron-LM.
         out: folder to write; a Hugging Face folder already there is replaced.
         tokenizer: folder with ``tokenizer.json``; default: the one the run's config names, none if it names none.
         dtype: ``float32``, ``bfloat16`` or ``float16``; default: what the checkpoint's weights are stored in.
         max_shard_size: largest ``*.safetensors`` file, a number of bytes or text such as ``500MB``.
+        stated: settings that a checkpoint of Megatron-LM's does not record (``megatron_lm.describe``).
+        architecture: class to write in place of the model's own, where it computes the same.
 
     Returns:
         ``out``.
@@ -71,47 +81,26 @@ def to_hf(
         raise ConfigError(f"dtype={dtype} is not one of {', '.join(DTYPES)}.")
     if out.exists() and not ((out / "config.json").is_file() or (out.is_dir() and not any(out.iterdir()))):
         raise ConfigError(f"{out} exists and is no Hugging Face folder; it would be replaced. Name another one.")
-    manifest = check_whole(checkpoint)
-    extra = manifest["extra"]
-    for key in ("config", "vocab_size"):
-        if not extra.get(key):
-            raise CheckpointError(f"{checkpoint / MANIFEST} lacks {key} in extra; the model cannot be rebuilt from it.")
-    config, vocab_size = from_tree(RunConfig, extra["config"]), int(extra["vocab_size"])
-    architecture = read_architecture(extra, config.model)
-    reader = CheckpointReader(checkpoint)
-    moves = plan_moves(reader, config, vocab_size, None if dtype is None else DTYPES[dtype])
-    tokenizer = tokenizer if tokenizer is not None else config.data.tokenizer or None
-    tokenizer_files = None if tokenizer is None else _read_tokenizer(Path(tokenizer), extra.get("tokenizer_sha256"))
-    eod = None if tokenizer_files is None else tokenizer_files.eod
+    source = read_source(
+        checkpoint, tokenizer=None if tokenizer is None else Path(tokenizer), stated=stated, architecture=architecture
+    )
+    moves = plan_moves(source.reader, source.config, source.vocab_size, None if dtype is None else DTYPES[dtype])
+    shards = _plan_files(moves, max_shard_bytes)
+    stored = next(name for name, value in DTYPES.items() if value == moves[0].targets[0].dtype)
     try:
-        with whole_folder(out) as folder:
-            _write_weights(folder, reader, moves, max_shard_bytes)
-            stored = next(name for name, value in DTYPES.items() if value == moves[0].targets[0].dtype)
-            write_json(folder / "config.json", hf_config(config, architecture, vocab_size, eod, stored))
-            write_json(
-                folder / "generation_config.json",
-                {"bos_token_id": None, "eos_token_id": eod, "pad_token_id": eod},
-            )
-            if tokenizer_files is not None:
-                tokenizer_files.write(folder, config.data.seq_length)
-            write_text(folder / "xalign-config.yaml", to_yaml(config))
-            write_text(folder / "README.md", model_card(checkpoint, manifest, config, architecture, stored))
+        with resumable_folder(out, _identity(source, shards)) as folder:
+            _write_weights(folder, source.reader, shards)
+            write_json(folder / "config.json", hf_config(source, stored))
+            write_json(folder / "generation_config.json", generation_config(source.special_ids))
+            if source.tokenizer is not None:
+                source.tokenizer.write(folder, source.config.data.seq_length)
+            write_text(folder / "xalign-config.yaml", to_yaml(source.config))
+            for name, content in run_files(source).items():
+                write_json(folder / name, content)
+            write_text(folder / "README.md", model_card(source, stored))
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error}. Nothing is left of it.") from None
     return out
-
-
-def read_architecture(extra: Mapping[str, Any], model: ModelConfig) -> str:
-    """The transformers class of a checkpoint: the one it was imported from where that computes the same.
-
-    Raises:
-        FormatError: the checkpoint names a class that this model is not.
-    """
-    computed = names.architecture(model)
-    stated = extra.get("architecture", computed)
-    if stated != computed and (stated, computed) != ("MistralForCausalLM", "LlamaForCausalLM"):
-        raise FormatError(f"the checkpoint names {stated}; its model is a {computed}.")
-    return str(stated)
 
 
 def parse_size(size: str | int) -> int:
@@ -137,9 +126,14 @@ def plan_moves(
             model does not have.
     """
     model = config.model
+    in_fp8 = config.fp8 is not None and config.fp8.param_gather
     moves, used = [], set()
     for weight in names.weights_of(model):
         source = next((name for name in weight.megatron if name in reader), None)
+        if source is not None and in_fp8 and names.MAIN_WEIGHT + source in reader:
+            # Weights that a run kept in FP8 are stored rounded to FP8.
+            used.add(source)
+            source = names.MAIN_WEIGHT + source
         if source is None:
             raise CheckpointError(
                 f"{reader.folder} holds no {' or '.join(weight.megatron)}, which a model with "
@@ -149,7 +143,7 @@ def plan_moves(
         used.add(source)
         padded = _check_shape(reader, source, weight, config, vocab_size)
         views = names.row_views(weight, model, vocab_size, padded)
-        target_dtype = dtype or reader.dtype(source)
+        target_dtype = dtype or (torch.bfloat16 if source.startswith(names.MAIN_WEIGHT) else reader.dtype(source))
         if target_dtype not in DTYPES.values():
             raise CheckpointError(f"{source} in {reader.folder} is stored as {target_dtype}, which cannot be exported.")
         columns = names.megatron_shape(weight, model, padded)[1:]
@@ -159,7 +153,11 @@ def plan_moves(
                 for name, view in zip(names.hugging_face_names(weight, layer), views, strict=True)
             )
             moves.append(_Move(source, layer, views, targets))
-    unknown = [name for name in reader.names() if name not in used and not name.startswith(_NOT_OF_THE_MODEL)]
+    unknown = [
+        name
+        for name in reader.names()
+        if name not in used and not name.startswith(_NOT_OF_THE_MODEL) and not name.endswith(names.FP8_STATE)
+    ]
     if unknown:
         raise CheckpointError(
             f"{reader.folder} holds {', '.join(unknown)}, which {names.architecture(model)} with these settings does "
@@ -167,20 +165,23 @@ def plan_moves(
         )
     # By layer, as the forward pass goes; each tensor of all layers is one entry of the table.
     last = model.num_layers
-    order = {"embedding.word_embeddings.weight": -1}
-    return sorted(moves, key=lambda move: move.layer if move.layer is not None else order.get(move.source, last))
+    first = "embedding.word_embeddings.weight"
+
+    def place(move: _Move) -> int:
+        if move.layer is not None:
+            return move.layer
+        return -1 if move.source.removeprefix(names.MAIN_WEIGHT) == first else last
+
+    return sorted(moves, key=place)
 
 
-def hf_config(config: RunConfig, architecture: str, vocab_size: int, eod: int | None, dtype: str) -> dict[str, Any]:
+def hf_config(source: Source, dtype: str) -> dict[str, Any]:
     """Contents of ``config.json``."""
+    config, architecture, special = source.config, source.architecture, source.special_ids
     model = config.model
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rotary_base)}
     if model.rope_scaling_factor is not None:
-        # The other three numbers are fixed in Megatron-Core's RotaryEmbedding.
-        rope |= {
-            "rope_type": "llama3", "factor": model.rope_scaling_factor, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-        }
+        rope |= {"rope_type": "llama3", "factor": model.rope_scaling_factor, **names.LLAMA3_ROPE}
     common: dict[str, Any] = {
         "architectures": [architecture],
         "hidden_size": model.hidden_size,
@@ -197,12 +198,12 @@ def hf_config(config: RunConfig, architecture: str, vocab_size: int, eod: int | 
         "rope_parameters": rope,
         "initializer_range": model.init_method_std,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
-        "vocab_size": vocab_size,
-        # null, not left out: the classes have other ids as defaults. Padding has none, because transformers freezes
-        # the embedding of the id it has, and the only candidate is the end of a document.
-        "bos_token_id": None,
-        "eos_token_id": eod,
-        "pad_token_id": None,
+        "vocab_size": source.vocab_size,
+        # null, not left out: the classes have other ids as defaults. Padding has none of its own making, because
+        # transformers freezes the embedding of the id it has, and the only candidate is the end of a document.
+        "bos_token_id": special.get("bos"),
+        "eos_token_id": special.get("eos"),
+        "pad_token_id": special.get("pad"),
         "torch_dtype": dtype,
         "use_cache": True,
     }
@@ -218,6 +219,15 @@ def hf_config(config: RunConfig, architecture: str, vocab_size: int, eod: int | 
     if architecture == "MistralForCausalLM":
         return {"model_type": "mistral", "sliding_window": None, **common}
     return {"model_type": "llama", "mlp_bias": False, **common}
+
+
+def generation_config(special_ids: Mapping[str, Any]) -> dict[str, Any]:
+    """Contents of ``generation_config.json``: where to stop, and what to fill batches with."""
+    end = special_ids.get("eos")
+    fill = special_ids.get("pad")
+    if fill is None:
+        fill = end[0] if isinstance(end, list) and end else end
+    return {"bos_token_id": special_ids.get("bos"), "eos_token_id": end, "pad_token_id": fill}
 
 
 def _check_shape(reader: CheckpointReader, source: str, weight: Weight, config: RunConfig, vocab_size: int) -> int:
@@ -238,73 +248,69 @@ def _check_shape(reader: CheckpointReader, source: str, weight: Weight, config: 
     return padded
 
 
-def _write_weights(folder: Path, reader: CheckpointReader, moves: list[_Move], max_shard_bytes: int) -> None:
+def _plan_files(moves: Sequence[_Move], max_shard_bytes: int) -> dict[str, list[_Move]]:
+    """File names and what goes into each."""
     shards = plan_shards([move.targets for move in moves], max_shard_bytes)
-    file_of: dict[str, str] = {}
-    with progress_bar(len(moves), "converting", " tensors") as bar:
-        for number, shard in enumerate(shards, start=1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            with open_stream(folder / file, [target for i in shard for target in moves[i].targets]) as stream:
-                for move in (moves[i] for i in shard):
+    if len(shards) == 1:
+        return {"model.safetensors": list(moves)}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": [moves[i] for i in shard]
+        for number, shard in enumerate(shards, start=1)
+    }
+
+
+def _identity(source: Source, shards: Mapping[str, Sequence[_Move]]) -> str:
+    """What files from a call that was killed must have been made for, to be kept."""
+    plan = [
+        [file, [[move.source, move.layer, [[t.name, t.shape, str(t.dtype)] for t in move.targets]] for move in moves]]
+        for file, moves in shards.items()
+    ]
+    return hashlib.sha256(json.dumps([__version__, source.identity, plan]).encode()).hexdigest()
+
+
+def _write_weights(folder: Path, reader: CheckpointReader, shards: Mapping[str, Sequence[_Move]]) -> None:
+    with progress_bar(sum(map(len, shards.values())), "converting", " tensors") as bar:
+        for file, moves in shards.items():
+            announced = [target for move in moves for target in move.targets]
+            if is_written(folder / file, announced):
+                bar.update(len(moves))
+                continue
+            with open_stream(folder / file, announced) as stream:
+                for move in moves:
                     tensor = reader.tensor(move.source, move.layer)
                     for view, target in zip(move.views, move.targets, strict=True):
                         stream.write(target.name, _cast(_cut(tensor, view), target))
-                        file_of[target.name] = file
+                    del tensor  # before the next one is read
                     bar.update(1)
     if len(shards) > 1:
-        total = sum(target.num_bytes for move in moves for target in move.targets)
-        write_json(folder / "model.safetensors.index.json", shard_index(file_of, total))
+        files = {target.name: file for file, moves in shards.items() for move in moves for target in move.targets}
+        total = sum(target.num_bytes for moves in shards.values() for move in moves for target in move.targets)
+        write_json(folder / "model.safetensors.index.json", shard_index(files, total))
 
 
-def _cut(tensor: torch.Tensor, view: RowView) -> torch.Tensor:
+def _cut(tensor: torch.Tensor, view: RowView) -> Iterator[torch.Tensor]:
+    """The rows of a view in order, some at a time."""
     rest = tensor.shape[1:]
-    blocks = tensor.reshape(view.blocks, view.width, *rest)
-    return blocks[:, view.start : view.stop].reshape(view.rows, *rest)
+    blocks = tensor.view(view.blocks, view.width, *rest)
+    step = max(1, _PART_NUMBERS // max(1, rest.numel()))
+    for block in blocks:
+        for first in range(view.start, view.stop, step):
+            yield block[first : min(first + step, view.stop)]
 
 
-def _cast(tensor: torch.Tensor, target: Announced) -> torch.Tensor:
-    if not torch.isfinite(tensor).all():
-        raise CheckpointError(f"{target.name} holds values that are not finite; this model has diverged.")
-    cast = tensor.to(target.dtype)
-    if not torch.isfinite(cast).all():
-        raise ConfigError(
-            f"dtype={str(target.dtype).removeprefix('torch.')} cannot hold {target.name}, whose largest value is "
-            f"{float(tensor.abs().max()):g}; use bfloat16 or float32."
-        )
-    return cast
+def _cast(parts: Iterator[torch.Tensor], target: Announced) -> Iterator[torch.Tensor]:
+    for part in parts:
+        if not _is_finite(part):
+            raise CheckpointError(f"{target.name} holds values that are not finite; this model has diverged.")
+        cast = part.to(target.dtype)
+        if cast.dtype != part.dtype and not _is_finite(cast):
+            raise ConfigError(
+                f"dtype={str(target.dtype).removeprefix('torch.')} cannot hold {target.name}, whose largest value is "
+                f"{float(part.abs().max()):g}; use bfloat16 or float32."
+            )
+        yield cast
 
 
-@dataclass(frozen=True)
-class _TokenizerFiles:
-    folder: Path
-    eod: int
-    eod_token: str
-
-    def write(self, out: Path, seq_length: int) -> None:
-        shutil.copyfile(self.folder / "tokenizer.json", out / "tokenizer.json")
-        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        if (self.folder / "tokenizer_config.json").is_file():
-            settings = read_json(self.folder / "tokenizer_config.json")
-        settings |= {"eos_token": self.eod_token, "model_max_length": seq_length}
-        settings.setdefault("pad_token", self.eod_token)
-        write_json(out / "tokenizer_config.json", settings)
-        special: dict[str, Any] = {}
-        if (self.folder / "special_tokens_map.json").is_file():
-            special = read_json(self.folder / "special_tokens_map.json")
-        special = {"pad_token": self.eod_token} | special | {"eos_token": self.eod_token}
-        write_json(out / "special_tokens_map.json", special)
-
-
-def _read_tokenizer(folder: Path, expected_sha256: str | None) -> _TokenizerFiles:
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise FormatError(f"{file} does not exist; name the folder of the run's tokenizer.")
-    if expected_sha256 and sha256_of(file) != expected_sha256:
-        raise FormatError(
-            f"{file} has SHA-256 {sha256_of(file)}; the checkpoint was trained with a tokenizer of {expected_sha256}. "
-            "Name the one the run used."
-        )
-    manifest = read_json(folder / "manifest.json")
-    if not isinstance(manifest.get("eod"), int) or not isinstance(manifest.get("eod_token"), str):
-        raise FormatError(f"{folder / 'manifest.json'} does not say which token ends a document (eod, eod_token).")
-    return _TokenizerFiles(folder, manifest["eod"], manifest["eod_token"])
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # Ten times as fast as torch.isfinite: NaN is the least and the greatest of everything.
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)) if tensor.numel() else True

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from megatron_xalign.data.inputs import Fields, InputFile, Part, Piece, Reading, read_part
+from megatron_xalign.data.reading import OnError
 
 SAMPLE_CHARACTERS = 2_000_000
 _MOST_STRETCHES = 16
@@ -77,10 +78,20 @@ def _stretches(parts: Sequence[Part]) -> list[list[Piece]]:
     return stretches
 
 
-def texts_of(pieces: Sequence[Piece], fields: Fields) -> Iterator[tuple[str, str]]:
-    """All texts of pieces in order with their languages; malformed lines are passed over."""
-    reading = Reading()
-    for batch in read_part(Part(0, tuple(pieces)), fields, on_error="skip", reading=reading, batch_bytes=_BATCH_BYTES):
+def texts_of(
+    pieces: Sequence[Piece], fields: Fields, *, on_error: OnError = "skip", reading: Reading | None = None
+) -> Iterator[tuple[str, str]]:
+    """All texts of pieces in order with their languages.
+
+    Args:
+        pieces: what to read.
+        fields: how records are read.
+        on_error: whether a malformed line is passed over.
+        reading: counts what was passed over.
+    """
+    reading = Reading() if reading is None else reading
+    part = Part(0, tuple(pieces))
+    for batch in read_part(part, fields, on_error=on_error, reading=reading, batch_bytes=_BATCH_BYTES):
         for index, text in enumerate(batch.texts):
             yield batch.languages[index] if batch.languages is not None else batch.language or "", text
             if batch.others is not None:

@@ -19,12 +19,12 @@ def fertility(model: TokenModel, texts: Sequence[str], byte_ids: frozenset[int] 
     Args:
         model: the tokenizer's model, as ``Tokenizer.model`` holds it.
         texts: texts of one language.
-        byte_ids: ids that stand for one byte each, in a tokenizer that falls back to bytes.
+        byte_ids: ids that spell a part of a character, as :func:`ids_of_partial_characters` finds them.
 
     Returns:
         ``texts, words, characters, bytes, tokens, tokens_per_word, tokens_per_character, bytes_per_token,
         unknown_rate`` (share of tokens that stand for text without a spelling) and ``byte_rate`` (share of tokens that
-        are single bytes of characters the vocabulary lacks).
+        are bytes of characters the vocabulary lacks).
     """
     ids_T, _ = model.encode_flat(texts)
     words = sum(len(text.split()) for text in texts)
@@ -44,3 +44,12 @@ def fertility(model: TokenModel, texts: Sequence[str], byte_ids: frozenset[int] 
         "unknown_rate": round(unknown / max(ids_T.size, 1), 6),
         "byte_rate": round(single_bytes / max(ids_T.size, 1), 6),
     }
+
+
+def ids_of_partial_characters(model: TokenModel) -> frozenset[int]:
+    """Ids whose token is bytes and not whole characters: a script that is spelt with many of them is poorly covered.
+
+    Those are the byte pieces of a model that falls back to bytes, and, where all tokens are made of bytes, those that
+    are not UTF-8 by themselves.
+    """
+    return frozenset(token for token in range(model.vocab_size) if model.spells_part_of_character(token))

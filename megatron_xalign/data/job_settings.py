@@ -136,9 +136,9 @@ class JobSettings:
         if self.duplicates == "near":
             check_threshold(self.near_threshold)
         if self.max_skipped is not None and self.max_skipped < 0:
-            raise ConfigError(f"max_skipped={self.max_skipped} is a number of lines, 0 or more.")
+            raise ConfigError(f"--max-skipped {self.max_skipped} is a number of lines, 0 or more.")
         if self.max_skipped is not None and self.on_error == "raise":
-            raise ConfigError("max_skipped bounds what on_error=skip leaves out; with on_error=raise nothing is.")
+            raise ConfigError("--max-skipped bounds what --on-error skip leaves out; without that nothing is.")
         for number, called in ((self.workers, "workers"), (self.part_bytes, "part_bytes")):
             if number is not None and number < 1:
                 raise ConfigError(f"{called}={number} must be 1 or more.")

@@ -55,6 +55,8 @@ def join_parts(job: Job) -> dict[str, dict[str, Any]]:
     check_skipped(total.malformed, total.examples, job.settings.max_skipped)
     outputs = sorted({name for record in ordered for name, facts in record["outputs"].items() if facts["documents"]})
     if not outputs:
+        # Nothing that the next run could go on from.
+        job.folder.remove_all()
         raise CorpusError(total.no_document(job))
     try:
         manifests = {

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_xalign.data.folding import FIRST_SCRIPT, SCRIPTS
+from megatron_xalign.data.folding import FIRST_SCRIPT, SCRIPTS, count_characters
 from megatron_xalign.errors import ConfigError
 
 CheckLanguage = Literal["off", "script", "identify"]
@@ -215,6 +216,57 @@ class LanguageChecker:
                 wrong_N[index] = bool(scores) and scores.get(code, 0.0) < LEAST_SHARE * max(scores.values())
         self.not_checked += Counter()  # Drops zeros.
         return wrong_N
+
+
+@dataclass(frozen=True)
+class Identified:
+    """What the identifier makes of one text."""
+
+    language: str | None
+    """The one of the languages asked about that it takes the text for; None for another or where it cannot tell."""
+    share: float
+    """Score of the language asked for over the sum of all scores; 0 where it cannot tell."""
+    determined: bool
+    """False where the text has too few letters to tell."""
+
+
+LEAST_IDENTIFIED_LETTERS = 20
+"""Generated text is short; below this, identification is noise and the text is counted as undetermined."""
+
+
+class LanguageIdentifier:
+    """Says which of some languages texts are in, offline."""
+
+    def __init__(self, languages: Sequence[str]) -> None:
+        """Load the identifier.
+
+        Raises:
+            ConfigError: ``eld`` is not installed, or does not know one of the languages.
+        """
+        self._code_of = {}
+        for language in languages:
+            code = identifier_code(language)
+            if code is None:
+                raise ConfigError(f"the language identifier eld does not know {language}.")
+            self._code_of[language] = code
+        self._detector = _load_detector()
+        self.name = {"name": "eld", "version": version("eld")}
+        """Name and version: results may change with it."""
+
+    def identify(self, texts: Sequence[str], wanted: str) -> list[Identified]:
+        """Language of each text, and how much speaks for ``wanted``."""
+        widths_N = letter_widths(count_characters(list(texts))).sum(axis=1)
+        language_of = {code: language for language, code in self._code_of.items()}
+        found = []
+        for text, letters in zip(texts, widths_N, strict=True):
+            scores = self._detector.detect(text).scores() if letters >= LEAST_IDENTIFIED_LETTERS else {}
+            if not scores:
+                found.append(Identified(None, 0.0, False))
+                continue
+            best = max(scores, key=lambda code: scores[code])
+            share = scores.get(self._code_of[wanted], 0.0) / sum(scores.values())
+            found.append(Identified(language_of.get(best), share, True))
+        return found
 
 
 def _by_language(languages: str | Sequence[str], num_texts: int) -> list[tuple[str, NDArray[np.bool_]]]:

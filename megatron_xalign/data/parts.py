@@ -363,7 +363,7 @@ def check_skipped(malformed: int, examples: Sequence[str], most: int | None) -> 
     """CorpusError if more malformed lines were left out than the job allows."""
     if most is not None and malformed > most:
         raise CorpusError(
-            f"{malformed:,} malformed lines are more than max_skipped={most:,} allows, such as "
+            f"{malformed:,} malformed lines are more than --max-skipped {most} allows, such as "
             + "; ".join(examples[:3]) + ". Mend them, or allow more."
         )
 

@@ -56,7 +56,7 @@ class Reading:
         """
         if on_error == "raise":
             raise CorpusError(
-                f"{place.where(number)}: {reason}{detail}. Mend it, or leave such lines out with on_error=skip."
+                f"{place.where(number)}: {reason}{detail}. Mend it, or leave such lines out with --on-error skip."
             )
         if len(self.examples) < _MOST_EXAMPLES:
             self.examples.append(f"{place.where(number, exact=False)}: {reason}{detail}")

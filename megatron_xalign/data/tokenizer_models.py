@@ -66,6 +66,9 @@ class TokenModel(Protocol):
     def name_of(self, token: int) -> str | None:
         """Name of an id, None if there is none."""
 
+    def spells_part_of_character(self, token: int) -> bool:
+        """Whether an id stands for bytes that are no whole characters, or only ever for the bytes of rare ones."""
+
     def use_one_thread(self) -> None:
         """From now on, work on the calling thread alone: other processes have the other cores."""
 
@@ -162,6 +165,17 @@ class TokenizersModel:
     def name_of(self, token: int) -> str | None:
         """Name of an id, None if there is none."""
         return self.engine.id_to_token(token)
+
+    def spells_part_of_character(self, token: int) -> bool:
+        """Whether an id stands for bytes that are no whole characters, or only ever for the bytes of rare ones."""
+        name = None if token in self.special_ids else self.name_of(token)
+        if name is None:
+            return False
+        if self._facts["model"].get("byte_fallback"):
+            return re.fullmatch("<0x[0-9A-F]{2}>", name) is not None
+        if '"ByteLevel"' not in json.dumps(self._facts.get("pre_tokenizer")):
+            return False
+        return not _is_utf8(bytes(_byte_of_letter()[letter] for letter in name if letter in _byte_of_letter()))
 
     def use_one_thread(self) -> None:
         """From now on, work on the calling thread alone; the library reads this from the environment at each call."""
@@ -292,6 +306,10 @@ class SentencePieceModel:
         """Text of a piece, None if there is none."""
         return self.processor.id_to_piece(token) if 0 <= token < self.vocab_size else None
 
+    def spells_part_of_character(self, token: int) -> bool:
+        """Whether an id stands for bytes that are no whole characters, or only ever for the bytes of rare ones."""
+        return bool(self.processor.is_byte(token))
+
     def use_one_thread(self) -> None:
         """From now on, work on the calling thread alone."""
         self._options["num_threads"] = 1
@@ -364,8 +382,31 @@ class TiktokenModel:
         except KeyError:
             return None
 
+    def spells_part_of_character(self, token: int) -> bool:
+        """Whether an id stands for bytes that are no whole characters, or only ever for the bytes of rare ones."""
+        try:
+            return not _is_utf8(self.encoding.decode_single_token_bytes(token))
+        except KeyError:
+            return False
+
     def use_one_thread(self) -> None:
         """It never uses more."""
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+@functools.cache
+def _byte_of_letter() -> dict[str, int]:
+    """The byte that each letter of byte-level tokens stands for: visible characters for themselves, others in order."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
 
 
 def import_optional(module: str, what: str) -> Any:

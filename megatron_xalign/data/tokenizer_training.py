@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_xalign import __version__
-from megatron_xalign.data.fertility import fertility
+from megatron_xalign.data.fertility import fertility, ids_of_partial_characters
 from megatron_xalign.data.split_patterns import PATTERNS, TRAINING_SPLITS, TrainingSplit
 from megatron_xalign.data.tokenizer_models import TokenizersModel
 from megatron_xalign.data.training_text import LanguageSample, balanced_texts, draw_texts, shares_of
@@ -57,6 +57,7 @@ def train_tokenizer(
     fill_vocab: bool = False,
     max_bytes_per_language: int = 200_000_000,
     seed: int = 0,
+    details: Mapping[str, Any] | None = None,
 ) -> Path:
     """Train a tokenizer in which every text has a spelling, and write its folder.
 
@@ -80,6 +81,7 @@ def train_tokenizer(
         fill_vocab: add reserved tokens so that the vocabulary is such a multiple itself.
         max_bytes_per_language: texts are drawn at random down to this much.
         seed: of that draw and of the order.
+        details: further fields of the manifest; looked at when all texts have been read.
 
     Returns:
         ``out``.
@@ -126,7 +128,7 @@ def train_tokenizer(
         file = folder / "tokenizer.json"
         engine.save(str(file))
         trained = TokenizersModel(file.read_bytes(), parse_special_tokens=False, add_special_tokens=False)
-        byte_ids = frozenset(_ids(trained, _BYTE_PIECES)) if model == "unigram" else frozenset()
+        partial = ids_of_partial_characters(trained)
         names = {"eos_token": end_of_document, "pad_token": _pad_token(stated, end_of_document)}
         if model == "unigram":
             names["unk_token"] = _UNKNOWN
@@ -156,7 +158,8 @@ def train_tokenizer(
                 "temperature": temperature if math.isfinite(temperature) else "inf",
                 "max_bytes_per_language": max_bytes_per_language,
                 "seed": seed,
-                "languages": _report(trained, samples, training_bytes, byte_ids),
+                "languages": _report(trained, samples, training_bytes, partial),
+                **(details or {}),
                 "library": trained.library,
                 "package_version": __version__,
             },
@@ -193,10 +196,6 @@ def _stated_ids(special_tokens: Sequence[str] | Mapping[str, int], end: str, mod
         if name in taken or name != name.strip():
             raise ConfigError(f"special token {name!r} is empty, reserved, or has white space around it.")
     return dict(sorted(ids.items(), key=lambda item: item[1]))
-
-
-def _ids(trained: TokenizersModel, names: Iterable[str]) -> Iterator[int]:
-    return (token for name in names if (token := trained.id_of(name)) is not None)
 
 
 def _pad_token(stated: Mapping[str, int], end: str) -> str:
@@ -329,7 +328,7 @@ def _same_every_time(pieces: list[list[Any]], counts: Counter[str]) -> dict[str,
 
 def _report(
     trained: TokenizersModel, samples: Mapping[str, LanguageSample], training_bytes: Mapping[str, int],
-    byte_ids: frozenset[int],
+    partial: frozenset[int],
 ) -> dict[str, dict[str, Any]]:
     """What was read, drawn and measured, by language."""
     drawn = sum(training_bytes.values())
@@ -342,7 +341,7 @@ def _report(
             "share_of_corpus": round(sample.bytes_read / read, 6),
             "share_of_training_bytes": round(training_bytes[language] / drawn, 6),
             "held_out": bool(sample.held_out),
-            **fertility(trained, sample.held_out or sample.texts[:10_000], byte_ids),
+            **fertility(trained, sample.held_out or sample.texts[:10_000], partial),
         }
         for language, sample in samples.items()
     }

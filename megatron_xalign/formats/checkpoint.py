@@ -2,7 +2,7 @@
 
 A torch_dist folder is ``.metadata``, a pickle that says which chunk of which tensor lies where, and ``*.distcp``
 files of chunks, each written by ``torch.save``. A pickle can run any program; this reader lets ``.metadata`` build
-the few classes such a file needs and nothing else, and reads chunks with ``weights_only=True``.
+the few classes such a file needs and nothing else, and chunks are read without building anything (``torch_archive``).
 
 One tensor, or one layer of a stacked one, is in memory at a time, whatever tensor- and pipeline-parallel layout wrote
 the folder.
@@ -20,16 +20,18 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
 from megatron_xalign.errors import CheckpointError
+from megatron_xalign.formats.torch_archive import read_plain_values, read_tensor_into
 
 METADATA = ".metadata"
 COMMON = "common.pt"
-"""Written by core 0.16; 0.19 keeps the same among the ``*.distcp`` files."""
+"""Written by core 0.16; 0.19 keeps the same among the ``*.distcp`` files, under the name ``COMMON_STATE``."""
+COMMON_STATE = "common_state"
 
 _ALLOWED: dict[tuple[str, str], Any] = {
     (thing.__module__, thing.__qualname__): thing
@@ -131,7 +133,7 @@ class CheckpointReader:
         """Names of all tensors, sorted."""
         return sorted(self._tensors)
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -166,25 +168,61 @@ class CheckpointReader:
             if (box := _overlap(chunk.offsets, chunk.sizes, low, shape)) is not None
         ]
         self._check_cover(name, [box for _, box in parts], shape)
-        if len(parts) == 1 and parts[0][0].sizes == shape:
-            whole = self._read_chunk(name, found, parts[0][0])
-        else:
-            whole = torch.empty(shape, dtype=found.dtype)
-            for chunk, (start, size) in parts:
-                piece = self._read_chunk(name, found, chunk)
-                source = tuple(
-                    slice(at - first, at - first + length)
-                    for at, first, length in zip(start, chunk.offsets, size, strict=True)
+        # Nothing is allocated for numbers that the files cannot hold.
+        for chunk, _ in parts:
+            if math.prod(chunk.sizes) * found.dtype.itemsize > chunk.length:
+                raise CheckpointError(
+                    f"{self.folder / METADATA} announces {list(chunk.sizes)} {found.dtype} of {name} in "
+                    f"{chunk.length} bytes of {chunk.file}."
                 )
-                target = tuple(
-                    slice(at - first, at - first + length) for at, first, length in zip(start, low, size, strict=True)
-                )
-                whole[target] = piece[source]
+        whole = torch.empty(shape, dtype=found.dtype)
+        for chunk, (start, size) in parts:
+            target = whole[tuple(
+                slice(at - first, at - first + length) for at, first, length in zip(start, low, size, strict=True)
+            )]
+            if size == chunk.sizes and target.is_contiguous():
+                self._read_chunk(name, chunk, target.view(chunk.stored_sizes))
+                continue
+            piece = torch.empty(chunk.stored_sizes, dtype=found.dtype)
+            self._read_chunk(name, chunk, piece)
+            source = tuple(
+                slice(at - first, at - first + length)
+                for at, first, length in zip(start, chunk.offsets, size, strict=True)
+            )
+            target.copy_(piece.view(chunk.sizes)[source])
         return whole if layer is None else whole[0]
 
     def bytes_names(self) -> list[str]:
         """Names of the entries that are no tensors (state objects of layers, common state of core 0.19)."""
         return sorted(self._bytes)
+
+    def read_settings(self) -> dict[str, Any] | None:
+        """What Megatron-LM saved beside the tensors (``args``, ``iteration``, ...), without its objects; None if there
+        is nothing.
+
+        Raises:
+            CheckpointError: it is damaged, or asks for something that settings never need.
+        """
+        settings: Any = None
+        if (self.folder / COMMON).is_file():
+            with (self.folder / COMMON).open("rb") as file:
+                settings = read_plain_values(file, str(self.folder / COMMON))
+        else:
+            name = next((name for name in self._bytes if name.partition("/")[0] == COMMON_STATE), None)
+            if name is not None:
+                place, start, length = self._bytes[name]
+                with self._open(place) as file:
+                    settings = read_plain_values(file, f"{self.folder / place} ({name})", start, length)
+        return settings if isinstance(settings, dict) else None
+
+    def file_sizes(self) -> dict[str, int]:
+        """Bytes that each file must have at least, by the index."""
+        sizes: dict[str, int] = {}
+        places = [(chunk.file, chunk.start + chunk.length) for item in self._tensors.values() for chunk in item.chunks]
+        places += [(file, start + length) for file, start, length in self._bytes.values()]
+        for file, end in places:
+            sizes[file] = max(sizes.get(file, 0), end)
+        return sizes
 
     def read_object(self, name: str) -> Any:
         """Read an entry that is no tensor; only tensors, numbers, text and plain containers are let in.
@@ -263,14 +301,20 @@ class CheckpointReader:
                 f"the chunks of {name} in {self.folder / METADATA} do not cover its shape {list(shape)} exactly once."
             )
 
+    def _open(self, file: str) -> IO[bytes]:
+        try:
+            return (self.folder / file).open("rb")
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.folder / file} is missing from the checkpoint.") from None
+        except OSError as error:
+            raise CheckpointError(f"{self.folder / file} cannot be read: {error}.") from None
+
     def _read_bytes(self, file: str, start: int, length: int) -> bytes:
         path = self.folder / file
         try:
-            with path.open("rb") as stream:
+            with self._open(file) as stream:
                 stream.seek(start)
                 content = stream.read(length)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing from the checkpoint.") from None
         except (OSError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{path} cannot be read at byte {start}: {error}.") from None
         if len(content) != length:
@@ -279,15 +323,16 @@ class CheckpointReader:
             )
         return content
 
-    def _read_chunk(self, name: str, tensor: _Tensor, chunk: _Chunk) -> torch.Tensor:
+    def _read_chunk(self, name: str, chunk: _Chunk, out: torch.Tensor) -> None:
         what = f"{self.folder / chunk.file} ({name} at byte {chunk.start})"
+        if read_tensor_into(self.folder / chunk.file, chunk.start, chunk.length, out, what):
+            return
         piece = _load_plain(io.BytesIO(self._read_bytes(chunk.file, chunk.start, chunk.length)), what)
-        shape = list(chunk.stored_sizes)
-        if not isinstance(piece, torch.Tensor) or list(piece.shape) != shape or piece.dtype != tensor.dtype:
+        if not isinstance(piece, torch.Tensor) or piece.shape != out.shape or piece.dtype != out.dtype:
             raise CheckpointError(
-                f"{what} is not the {tensor.dtype} tensor of shape {shape} that {METADATA} announces."
+                f"{what} is not the {out.dtype} tensor of shape {list(out.shape)} that {METADATA} announces."
             )
-        return piece.reshape(chunk.sizes)
+        out.copy_(piece)
 
 
 def _load_plain(stream: Any, what: str) -> Any:

@@ -81,13 +81,16 @@ def describe_file(path: Path, with_hash: bool = True) -> dict[str, Any]:
     return {"bytes": path.stat().st_size} | ({"sha256": sha256_of(path)} if with_hash else {})
 
 
-def find_damage(checkpoint: Path, manifest: dict[str, Any], share: tuple[int, int] = (0, 1)) -> list[str]:
+def find_damage(
+    checkpoint: Path, manifest: dict[str, Any], share: tuple[int, int] = (0, 1), most_hashed_bytes: int | None = None
+) -> list[str]:
     """Compare a checkpoint's files with its manifest.
 
     Args:
         checkpoint: the folder.
         manifest: its ``xalign.json``.
         share: (number, total) of this process, where several divide the work.
+        most_hashed_bytes: of larger files only the size is compared, for readers that compare checksums themselves.
 
     Returns:
         One line for each file that is missing, of another size or of another content.
@@ -102,19 +105,21 @@ def find_damage(checkpoint: Path, manifest: dict[str, Any], share: tuple[int, in
             damage.append(f"{name} is missing")
         elif path.stat().st_size != expected["bytes"]:
             damage.append(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+        elif most_hashed_bytes is not None and expected["bytes"] > most_hashed_bytes:
+            continue
         elif "sha256" in expected and sha256_of(path) != expected["sha256"]:
             damage.append(f"{name} has another content than was written (SHA-256 differs)")
     return damage
 
 
-def check_whole(checkpoint: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest and compare every file with it.
+def check_whole(checkpoint: Path, most_hashed_bytes: int | None = None) -> dict[str, Any]:
+    """Read a checkpoint's manifest and compare every file with it; for ``most_hashed_bytes`` see ``find_damage``.
 
     Raises:
         CheckpointError: something is missing, truncated or changed; every such file is named.
     """
     manifest = read_manifest(checkpoint)
-    damage = find_damage(checkpoint, manifest)
+    damage = find_damage(checkpoint, manifest, most_hashed_bytes=most_hashed_bytes)
     if damage:
         raise damaged(checkpoint, damage)
     return manifest

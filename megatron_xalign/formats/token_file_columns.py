@@ -206,7 +206,9 @@ class TokenFileColumns:
 
     def _temporary(self, stack: ExitStack) -> IO[bytes]:
         # It has no name (or loses it at once), so that a killed process leaves none behind.
-        return stack.enter_context(tempfile.TemporaryFile(dir=self._prefix.parent))
+        file = tempfile.TemporaryFile(dir=self._prefix.parent)  # noqa: SIM115 - the stack closes it
+        stack.callback(_close, file)
+        return file
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -218,6 +220,12 @@ class TokenFileColumns:
         except OSError as error:
             self._is_open = False
             raise cannot_write(companion(self._prefix, "manifest.json" if entering else "bin"), error) from None
+
+
+def _close(file: IO[bytes]) -> None:
+    # What is still in memory is written now, and on a full disk that fails again: the first error is the one to tell.
+    with suppress(OSError):
+        file.close()
 
 
 class _UnfinishedError(Exception):

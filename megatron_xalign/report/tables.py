@@ -212,7 +212,7 @@ def _facts(run: Run, hf: Path | None) -> dict[str, str]:
         f"{thousands(config.data.seq_length)} tokens",
         "steps": thousands(config.training.train_steps),
         "tokens": thousands(config.train_tokens),
-        "weights": config.training.params_dtype,
+        "precision": config.precision_name,
         "layout": ", ".join(f"{_words(name)} {size}" for name, size in _flat(layout)) or MISSING,
         "training time": duration(run.wall_seconds),
     }

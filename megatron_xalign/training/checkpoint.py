@@ -53,6 +53,7 @@ from megatron_xalign.formats.checkpoint_folder import (
     remove_leftovers,
     step_folder,
 )
+from megatron_xalign.names import FP8_STATE, MAIN_WEIGHT
 from megatron_xalign.topology import LocalPart, ObserverState, Ranks
 
 __all__ = [
@@ -63,9 +64,11 @@ __all__ = [
 EXTRA_KEYS = ("config", "consumed_samples", "tokenizer_sha256", "vocab_size")
 """What ``extra`` must hold, for resuming and for conversion."""
 
-_MAIN_WEIGHT = "optimizer.state.param."
+_ONE_OF_EACH = {"context_parallel_size": 1, "virtual_pipeline_model_parallel_size": 1}
+"""Layout of checkpoints that do not say."""
 _OBSERVER = "observers."
-_EXTRA_STATE = "_extra_state"
+# What layers keep beside their weights: Transformer Engine's FP8 state (None elsewhere), and that of our FP8 layers.
+_LAYER_STATE = ("_extra_state", *FP8_STATE)
 
 log = logging.getLogger(__name__)
 
@@ -271,7 +274,7 @@ def load_checkpoint(
         _load_optimizer(folder, model_chunks, optimizer, manifest)
     if scheduler is not None:
         _load_scheduler(folder, scheduler, manifest)
-    if manifest["layout"] == _layout(ranks):
+    if _ONE_OF_EACH | manifest["layout"] == _layout(ranks):
         _read_random_state(_random_state_file(folder, ranks.rank), ranks)
     else:
         # With no dropout nothing is drawn while training, so nothing changes.
@@ -292,7 +295,7 @@ def load_weights(folder: str | Path, model_chunks: Sequence[Any], ranks: Ranks) 
     folder = Path(folder)
     manifest = read_manifest(folder)
     _check_files(folder, manifest, ranks)
-    _load_model(folder, model_chunks, weights_only=bool(manifest.get("weights_only")))
+    _load_model(folder, model_chunks, weights_only=True)
     return {"step": manifest["step"], "extra": manifest["extra"]}
 
 
@@ -321,8 +324,13 @@ def load_observer_state(
     if not wanted:
         return values, {}
     loaded = _load_with_core(_sharded({f"{_OBSERVER}{name}.{array}": p for array, p in wanted.items()}, ranks), folder)
+
+    def whole(array: str, part: LocalPart) -> torch.Tensor:
+        blocks: list[torch.Tensor] = loaded[f"{_OBSERVER}{name}.{array}"]
+        return blocks[0] if part.pipeline_axis is None else torch.cat(blocks, part.pipeline_axis)
+
     return values, {
-        array: dataclasses.replace(part, tensor=loaded[f"{_OBSERVER}{name}.{array}"])
+        array: dataclasses.replace(part, tensor=whole(array, part))
         for array, part in wanted.items()
     }
 
@@ -391,17 +399,25 @@ def _sharded(parts: Mapping[str, LocalPart], ranks: Ranks) -> dict[str, Any]:
     """Megatron's description of arrays that lie over tensor and pipeline ranks."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    described = {}
+    described: dict[str, Any] = {}
     for name, part in parts.items():
-        places = [(part.tensor_axis, ranks.tensor_rank, ranks.tensor_size)]
-        if not part.of_stage:
-            places.append((part.pipeline_axis, ranks.pipeline_rank, ranks.pipeline_size))
-        # Ranks that hold the same numbers are replicas, of which the first writes.
-        copies = [ranks.data_rank, *(rank for axis, rank, _ in places if axis is None)]
-        described[name] = ShardedTensor.from_rank_offsets(
-            name, part.tensor, *((axis, rank, size) for axis, rank, size in places if axis is not None),
-            replica_id=tuple(copies),
-        )
+        # Every block of layers is a shard of its own: those of one stage of an interleaved pipeline are not neighbours.
+        num_blocks = 1 if part.pipeline_axis is None else ranks.virtual_size
+        blocks = part.tensor.chunk(num_blocks, part.pipeline_axis or 0)
+        described[name] = []
+        for virtual, block in enumerate(blocks):
+            places = [(part.tensor_axis, ranks.tensor_rank, ranks.tensor_size)]
+            if not part.of_stage:
+                number = virtual * ranks.pipeline_size + ranks.pipeline_rank
+                places.append((part.pipeline_axis, number, ranks.virtual_size * ranks.pipeline_size))
+            # Ranks that hold the same numbers are replicas, of which the first writes.
+            copies = [ranks.data_context_rank, *(rank for axis, rank, _ in places if axis is None)]
+            described[name].append(
+                ShardedTensor.from_rank_offsets(
+                    name, block, *((axis, rank, size) for axis, rank, size in places if axis is not None),
+                    replica_id=tuple(copies),
+                )
+            )
     return described
 
 
@@ -467,6 +483,8 @@ def _layout(ranks: Ranks) -> dict[str, int]:
         "tensor_model_parallel_size": ranks.tensor_size,
         "pipeline_model_parallel_size": ranks.pipeline_size,
         "data_parallel_size": ranks.data_size,
+        "context_parallel_size": ranks.context_size,
+        "virtual_pipeline_model_parallel_size": ranks.virtual_size,
     }
 
 
@@ -575,30 +593,31 @@ def _optimizer_state(optimizer: Any, model_state: dict[str, Any], is_loading: bo
         inner["state"].pop("common_step", None)
     if "param_state_sharding_type" in state:
         state["param_state_sharding_type"] = LocalNonpersistentObject(state["param_state_sharding_type"])
-    single_precision = not _single(optimizer).config.bf16
+    config = _single(optimizer).config
+    single_precision = not (config.bf16 or config.fp16)
     if single_precision and not is_loading:
         for tensors in state.get("param_state", {}).values():
             del tensors["param"]
     for value in nested_values(state):
         if isinstance(value, (ShardedTensor, ShardedTensorFactory)):
-            value.key = value.key.replace("optimizer.state.fp32_param.", _MAIN_WEIGHT)
+            value.key = value.key.replace("optimizer.state.fp32_param.", MAIN_WEIGHT)
             if single_precision:
-                value.key = value.key.removeprefix(_MAIN_WEIGHT)
+                value.key = value.key.removeprefix(MAIN_WEIGHT)
     return state
 
 
 def _load_model(folder: Path, model_chunks: Sequence[Any], weights_only: bool = False) -> None:
     state = _model_state(model_chunks)
     if weights_only:
-        # What a converter writes has the numbers and none of the notes layers keep about themselves.
+        # Scales belong to the run that found them, and what a converter writes has none.
         state = {
-            chunk: {name: value for name, value in parts.items() if not name.endswith(_EXTRA_STATE)}
+            chunk: {name: value for name, value in parts.items() if not name.endswith(_LAYER_STATE)}
             for chunk, parts in state.items()
         }
     loaded = _load_with_core(state, folder)
     for number, chunk in enumerate(model_chunks):
         missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=not weights_only)
-        absent = [name for name in missing if not name.endswith(_EXTRA_STATE)]
+        absent = [name for name in missing if not name.endswith(_LAYER_STATE)]
         if absent or unexpected:
             raise CheckpointError(
                 f"checkpoint {folder} does not fit this model: {', '.join([*absent, *unexpected])} in one and not in "
@@ -662,6 +681,8 @@ def _load_scheduler(folder: Path, scheduler: Any, manifest: dict[str, Any]) -> N
             f"{folder} was trained on another schedule: {', '.join(differing)}. Resume with the settings of its "
             "config.yaml, or start a new run."
         )
+    # Megatron adds the steps it loads to those it has.
+    scheduler.num_steps = 0
     scheduler.load_state_dict(stored)
 
 

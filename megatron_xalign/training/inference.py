@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_xalign import topology
-from megatron_xalign.config import ParallelConfig, RunConfig, from_tree
+from megatron_xalign.config import ParallelConfig, ParamsDtype, RunConfig, from_tree
 from megatron_xalign.errors import CheckpointError
 from megatron_xalign.formats.checkpoint_folder import MANIFEST, read_manifest
 from megatron_xalign.training.checkpoint import load_weights, unwrap
-from megatron_xalign.training.model import ParamsDtype, build_model, padded_vocab_size
+from megatron_xalign.training.model import build_model, padded_vocab_size
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 """Token ids int64 [B, S] to logits float32 [B, S, V], V without padding."""
@@ -38,6 +38,20 @@ class LoadedModel:
     """Ids of the tokenizer."""
     step: int
     """Finished optimizer steps."""
+
+    @property
+    def layers(self) -> list[torch.nn.Module]:
+        """This process's blocks in order; their output is [S, B, H], first of a tuple."""
+        return [layer for chunk in self.model_chunks for layer in unwrap(chunk).decoder.layers]
+
+    @torch.no_grad()
+    def logits(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        """float32 [B, S, vocabulary] on the CPU, of a model that lies on this process alone."""
+        device = self.ranks.device
+        tokens = tokens_BS.to(device)
+        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+        logits_BSV: torch.Tensor = unwrap(self.model_chunks[0])(tokens, positions, None)
+        return logits_BSV[..., : self.vocab_size].float().cpu()
 
 
 def read_checkpoint(checkpoint: str | Path) -> tuple[RunConfig, int, int]:
@@ -92,13 +106,4 @@ def load_for_inference(checkpoint: str | Path) -> Iterator[Logits]:
         ValueError: this process already belongs to a job.
     """
     with load_model(checkpoint) as loaded:
-        model, device = unwrap(loaded.model_chunks[0]), loaded.ranks.device
-
-        @torch.no_grad()
-        def logits_of(tokens_BS: torch.Tensor) -> torch.Tensor:
-            tokens = tokens_BS.to(device)
-            positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-            logits_BSV: torch.Tensor = model(tokens, positions, None)
-            return logits_BSV[..., : loaded.vocab_size].float().cpu()
-
-        yield logits_of
+        yield loaded.logits

@@ -64,7 +64,8 @@ def initialize(model: torch.nn.Module, seed: int, std: float, num_layers: int, t
     Source: scaled initialisation of Radford et al. 2019, as in Megatron's ``scaled_init_method_normal``.
     """
     for name, weight in global_parameters(model):
-        if name.endswith("layernorm.weight"):
+        # The second is the norm in front of a matrix that Transformer Engine keeps with it.
+        if name.endswith(("layernorm.weight", "layer_norm_weight")):
             weight.fill_(1.0)
             continue
         if name.endswith("linear_qkv.bias"):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -13,6 +14,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_xalign.batch import Batch
+
+log = logging.getLogger(__name__)
 
 
 class Samples(Protocol):
@@ -74,7 +77,11 @@ def batches_of(
         # Its __del__ would stop the workers some time; they are to be gone when the run is over.
         shutdown = getattr(ahead, "_shutdown_workers", None)
         if shutdown is not None:
-            shutdown()
+            try:
+                shutdown()
+            except RuntimeError as error:
+                # Nothing is read from them any more; one that does not listen in time on a busy machine is killed.
+                log.warning("a data worker did not end by itself: %s", error)
 
 
 class _ByNumbers(Dataset[tuple[list[int], dict[str, torch.Tensor]]]):

@@ -41,8 +41,8 @@ class Tracker:
         """Nothing."""
 
     def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Send a logged step."""
-        if "loss" in metrics:
+        """Send a logged step, and the scores of one that was probed."""
+        if "loss" in metrics or "scores" in metrics:
             self._try(lambda: self._send(step, dict(flat(metrics))))
 
     def after_save(self, step: int, path: Path) -> None:

@@ -1,8 +1,13 @@
 """One function per job, readable as a paragraph; the only place where rooms meet."""
 
+from megatron_xalign.workflows.ablation import (
+    AblateOptions,
+    ablate,
+)
 from megatron_xalign.workflows.capturing import (
     capture,
     describe_capture,
+    look_at_neurons,
 )
 from megatron_xalign.workflows.conversion import (
     CHECK_FILE,
@@ -10,6 +15,12 @@ from megatron_xalign.workflows.conversion import (
     convert_from_hf,
     convert_to_hf,
     is_converted,
+    stated_model,
+)
+from megatron_xalign.workflows.steering import (
+    SteerOptions,
+    plan_steering,
+    steer,
 )
 from megatron_xalign.workflows.study import (
     analyze,
@@ -18,10 +29,13 @@ from megatron_xalign.workflows.study import (
     report,
 )
 from megatron_xalign.workflows.tokens import (
+    corpus_files,
     corpus_languages,
+    input_files,
     join_tasks,
     make_corpus,
     make_pairing,
+    measure_fertility,
     merge,
     plan_preprocessing,
     preprocess,
@@ -44,6 +58,9 @@ from megatron_xalign.workflows.training import (
 
 __all__ = [
     "CHECK_FILE",
+    "AblateOptions",
+    "SteerOptions",
+    "ablate",
     "analyze",
     "audit_blend",
     "capture",
@@ -51,24 +68,31 @@ __all__ = [
     "compare_series",
     "convert_from_hf",
     "convert_to_hf",
+    "corpus_files",
     "corpus_languages",
     "describe_capture",
     "describe_run",
+    "input_files",
     "is_analysed",
     "is_converted",
     "is_trained",
     "join_tasks",
+    "look_at_neurons",
     "make_corpus",
     "make_pairing",
+    "measure_fertility",
     "merge",
     "outcome",
     "plan_preprocessing",
+    "plan_steering",
     "preprocess",
     "preprocess_all",
     "preprocess_task",
     "preprocess_with_datatrove",
     "registry_packages",
     "report",
+    "stated_model",
+    "steer",
     "token_statistics",
     "train",
     "train_tokenizer",

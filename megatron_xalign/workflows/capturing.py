@@ -10,8 +10,8 @@ from typing import Any
 from megatron_xalign.config import ParallelConfig
 from megatron_xalign.errors import CheckpointError, ConfigError, CorpusError, FormatError
 from megatron_xalign.formats.atomic import read_json, sha256_of, write_json
-from megatron_xalign.formats.run_folder import command_line
-from megatron_xalign.workflows.conversion import _checkpoint_of
+from megatron_xalign.formats.run_folder import RunFolder, command_line
+from megatron_xalign.workflows.conversion import checkpoint_of
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def capture(
                 "token in front of every document."
             )
         folder, facts = _capture_checkpoint(
-            _checkpoint_of(source), probe, out, layers, batch_tokens, dtype, prefix, step, consumed_tokens,
+            checkpoint_of(source), probe, out, layers, batch_tokens, dtype, prefix, step, consumed_tokens,
             tokenizer, parallel or ParallelConfig(),
         )
     if facts is not None:
@@ -84,8 +84,65 @@ def describe_capture(source: Path, probe: Path, out: Path) -> str:
         known = "known" if kind in names.HOOK_MODULES else "not known to capture"
         what = f"Hugging Face model of type {kind} ({known})"
     else:
-        what = f"checkpoint {_checkpoint_of(source)}"
+        what = f"checkpoint {checkpoint_of(source)}"
     return f"{what}\n{len(pairs)} pairs, {sentences} sentences in {', '.join(languages)}\nwould be written to {out}"
+
+
+def look_at_neurons(
+    run: Path, neurons: Sequence[tuple[int, int]] = (), step: int | None = None, most: int = 8,
+    tokenizer: Path | None = None,
+) -> list[dict[str, Any]]:
+    """What a run's sampled neurons fire on, as text: for each neuron its top tokens and some drawn at random.
+
+    Args:
+        run: a run with ``capture.sample``.
+        neurons: (layer, neuron) of each; all that were sampled if empty.
+        step: of the file; the newest if left out.
+        most: examples of each kind.
+        tokenizer: folder; default: the run's.
+
+    Raises:
+        FormatError: the run has no samples of that step.
+        ConfigError: a neuron was not sampled.
+    """
+    from megatron_xalign.data.tokenizer import Tokenizer
+    from megatron_xalign.formats.neuron_samples import Example, list_samples, read_samples
+
+    found = dict(list_samples(run))
+    if not found or (step is not None and step not in found):
+        raise FormatError(
+            f"{run} holds no samples{'' if step is None else f' of step {step}'}; "
+            + (f"there are those of steps {', '.join(map(str, found))}." if found else "capture.sample takes them.")
+        )
+    samples = read_samples(found[max(found) if step is None else step])
+    folder = tokenizer if tokenizer is not None else Path(RunFolder(run).config().data.tokenizer)
+    engine = Tokenizer.load(folder)
+
+    def as_text(example: Example) -> dict[str, Any]:
+        return {
+            "activation": example.activation, "language": example.language, "before": engine.decode(example.before),
+            "token": engine.decode([example.token]), "after": engine.decode(example.after),
+        }
+
+    missing = sorted(set(neurons) - set(samples.neurons))
+    if missing:
+        raise ConfigError(
+            f"neuron {missing[0][0]}:{missing[0][1]} was not sampled; sampled were "
+            f"{', '.join(f'{layer}:{neuron}' for layer, neuron in samples.neurons)}."
+        )
+    return [
+        {
+            "layer": layer, "neuron": neuron, "step": samples.step, "first_step": samples.first_step,
+            "top": [as_text(example) for example in samples.top(layer, neuron)[:most]],
+            "sample": [as_text(example) for example in _spread(samples.sample(layer, neuron), most)],
+        }
+        for layer, neuron in neurons or samples.neurons
+    ]
+
+
+def _spread(items: list[Any], most: int) -> list[Any]:
+    count = min(most, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 def _capture_hugging_face(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xalign.errors import FormatError
+from megatron_xalign.formats.atomic import write_json
 from megatron_xalign.formats.run_folder import RunFolder
 
 
@@ -52,6 +53,25 @@ def outcome(run: Path) -> dict[str, float]:
     }
 
 
+COMPARISON = "comparison.json"
+"""Beside a report: tests of runs against one another at every layer, trends, speed, shared neurons."""
+
+
+def _comparison(runs: Sequence[Path]) -> dict[str, Any]:
+    """What ``analysis.comparison`` says of runs that were measured at the same steps; else why it says nothing."""
+    from megatron_xalign.analysis.comparison import compare_runs
+    from megatron_xalign.formats.results import read_results
+
+    if not runs:
+        return {"not_compared": "every run belongs to a control."}
+    results = [read_results(RunFolder(run).analysis) for run in runs]
+    try:
+        return compare_runs(results)
+    except FormatError as error:
+        # The page compares such runs at the last step they share; tests over training need equal steps.
+        return {"not_compared": str(error)}
+
+
 def report(
     runs: Sequence[Path],
     out: Path,
@@ -74,6 +94,9 @@ def report(
     if commands is None:
         commands = [" ".join(start["command"]) for run in runs for start in RunFolder(run).facts()["starts"]]
     claims = claims_tree(weigh_claims(runs, controls)) if len(runs) > 1 else []
+    # A trend over fractions must not take shuffled pairs for pairs.
+    series = [run for run in runs if RunFolder(run).config().name not in (controls or {})]
+    write_json(Path(out) / COMPARISON, _comparison(series))
     return write_report(
         list(runs), out, claims=claims, title=title, commands=list(commands), corpus=corpus, hf=dict(hf or {}),
         controls=dict(controls or {}), missing=dict(missing or {}),

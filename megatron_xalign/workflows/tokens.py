@@ -13,7 +13,7 @@ from megatron_xalign.errors import CorpusError
 from megatron_xalign.formats.atomic import read_json, write_json
 
 if TYPE_CHECKING:
-    from megatron_xalign.data.inputs import Fields, InputFormat
+    from megatron_xalign.data.inputs import Fields, InputFormat, OnError
     from megatron_xalign.data.job_settings import JobSettings
     from megatron_xalign.data.preprocess import Outcome
 
@@ -96,22 +96,91 @@ def train_tokenizer_on_files(
     model: Literal["bpe", "unigram"],
     *,
     input_format: InputFormat | Literal["auto"] = "auto",
+    on_error: OnError = "raise",
     **options: Any,
 ) -> dict[str, Any]:
-    """The same on any files that preprocessing reads; malformed lines are passed over."""
+    """The same on any files that preprocessing reads; its ``skipped_lines`` count what was passed over, and why."""
     from megatron_xalign.data.corpus_sample import texts_of
-    from megatron_xalign.data.inputs import find_inputs, plan_parts
+    from megatron_xalign.data.inputs import Reading, find_inputs, plan_parts
     from megatron_xalign.data.layouts import with_layout_found
 
     texts: Iterator[tuple[str, str]] = iter(())
     identity: list[Any] = []
+    reading = Reading()
     for one in fields:
         found = find_inputs(inputs, format=input_format, fields=one)
         one = with_layout_found(found, one)
         pieces = [piece for part in plan_parts(found, one) for piece in part.pieces]
-        texts = itertools.chain(texts, texts_of(pieces, one))
+        texts = itertools.chain(texts, texts_of(pieces, one, on_error=on_error, reading=reading))
         identity.append([one.to_tree(), [[str(file.path), file.num_bytes, file.mtime_ns] for file in found]])
-    return _train_tokenizer(texts, {"files": identity}, out, vocab_size, model, options)
+    source: dict[str, Any] = {"files": identity} | ({} if on_error == "raise" else {"on_error": on_error})
+    # Filled while the texts are read, and written after that.
+    options["details"] = {"skipped_lines": reading.skipped, "examples_of_skipped": reading.examples}
+    return _train_tokenizer(texts, source, out, vocab_size, model, options)
+
+
+def corpus_files(corpus: Path) -> list[dict[str, Any]]:
+    """The files of a corpus folder whose text trains a tokenizer, as :func:`input_files` describes files."""
+    from megatron_xalign.data.corpus_folder import read_corpus_folder
+
+    languages: tuple[str | None, ...] = read_corpus_folder(corpus).languages
+    paths = [(corpus / f"{language or 'pairs'}.jsonl", language) for language in (*languages, None)]
+    return [
+        {"path": str(path), "format": "jsonl", "bytes": path.stat().st_size, "language": language}
+        for path, language in paths
+    ]
+
+
+def input_files(
+    inputs: Sequence[str | Path], fields: Sequence[Fields], *, input_format: InputFormat | Literal["auto"] = "auto"
+) -> list[dict[str, Any]]:
+    """The files that names, folders and patterns mean: ``path, format, bytes, language`` of each; none is read."""
+    from megatron_xalign.data.inputs import find_inputs
+
+    found = {file.path: file for one in fields for file in find_inputs(inputs, format=input_format, fields=one)}
+    return [
+        {"path": str(file.path), "format": file.format, "bytes": file.num_bytes, "language": file.language}
+        for file in found.values()
+    ]
+
+
+def measure_fertility(
+    tokenizer: Path,
+    inputs: Sequence[str | Path],
+    fields: Sequence[Fields],
+    *,
+    input_format: InputFormat | Literal["auto"] = "auto",
+    on_error: OnError = "raise",
+    max_bytes_per_language: int = 10_000_000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """How many tokens a tokenizer spends on each language of some files, on texts drawn at random."""
+    from megatron_xalign.data.corpus_sample import texts_of
+    from megatron_xalign.data.fertility import fertility, ids_of_partial_characters
+    from megatron_xalign.data.inputs import Reading, find_inputs, plan_parts
+    from megatron_xalign.data.layouts import with_layout_found
+    from megatron_xalign.data.tokenizer import Tokenizer
+    from megatron_xalign.data.training_text import draw_texts
+
+    loaded = Tokenizer.load(tokenizer)
+    reading = Reading()
+    texts: Iterator[tuple[str, str]] = iter(())
+    for one in fields:
+        found = find_inputs(inputs, format=input_format, fields=one)
+        one = with_layout_found(found, one)
+        pieces = [piece for part in plan_parts(found, one) for piece in part.pieces]
+        texts = itertools.chain(texts, texts_of(pieces, one, on_error=on_error, reading=reading))
+    partial = ids_of_partial_characters(loaded.model)
+    samples = draw_texts(texts, max_bytes_per_language, seed)
+    return {
+        "tokenizer": str(loaded.path), "kind": loaded.kind, "sha256": loaded.sha256, "vocab_size": loaded.vocab_size,
+        "eod": loaded.eod, "eod_token": loaded.eod_token,
+        "languages": {
+            language: fertility(loaded.model, [*sample.texts, *sample.held_out], partial)
+            for language, sample in samples.items()
+        },
+        "skipped_lines": dict(sorted(reading.skipped.items())), "examples_of_skipped": reading.examples,
+    }
 
 
 def _train_tokenizer(
@@ -121,7 +190,9 @@ def _train_tokenizer(
     from megatron_xalign.data import tokenizer
 
     # As it comes back from a file; infinity is no JSON.
-    plain = {name: str(value) if isinstance(value, float) else value for name, value in options.items()}
+    plain = {
+        name: str(value) if isinstance(value, float) else value for name, value in options.items() if name != "details"
+    }
     recipe = json.loads(json.dumps({**source, "vocab_size": vocab_size, "model": model, **plain}))
     recipe_path = out / "recipe.json"
     if not recipe_path.is_file() or read_json(recipe_path) != recipe:

@@ -4,13 +4,13 @@
 
 A scenario is ``{"name", "tensor", "pipeline", "sequence_parallel", "recompute", "micro_batch", "capture", "naive",
 "resume_at", "stop_at", "checkpoint", "layers", "on_error", "fail", "intervene", "durable", "kill"}``; each leaves
-``FOLDER/NAME/`` with the run's ``neurons/`` and, of the first process, ``outcome.npz``. ``stop_at`` ends a run in the middle of a window with
-a checkpoint in ``FOLDER/CHECKPOINT``, and a run with ``checkpoint`` and no ``stop_at`` goes on from there, on any
-layout. ``durable`` saves after every step and goes on from the newest checkpoint; ``kill`` ends it with SIGKILL in
-step 2: ``shard`` (half of the statistics written), ``statistics`` (all, no checkpoint yet) or ``checkpoint`` (both).
-``fail`` makes capture fail in one process, in a hook or in writing. ``intervene`` leaves losses of the trained
-model with neurons and residual stream changed, in ``intervened.npz`` of the process that has the losses. ``naive``
-collects raw activations with hooks of its own, the oracle of the others.
+``FOLDER/NAME/`` with the run's ``neurons/`` and, of the first process, ``outcome.npz``. ``stop_at`` ends a run in the
+middle of a window with a checkpoint in ``FOLDER/CHECKPOINT``, and a run with ``checkpoint`` and no ``stop_at`` goes
+on from there, on any layout. ``durable`` saves after every step and goes on from the newest checkpoint; ``kill`` ends
+it with SIGKILL in step 2: ``shard`` (half of the statistics written), ``statistics`` (all, no checkpoint yet) or
+``checkpoint`` (both). ``fail`` makes capture fail in one process, in a hook or in writing. ``intervene`` leaves
+losses of the trained model with neurons and residual stream changed, in ``intervened.npz`` of the process that has
+the losses. ``naive`` collects raw activations with hooks of its own, the oracle of the others.
 """
 
 from __future__ import annotations
@@ -86,6 +86,10 @@ def configure(folder: Path, scenario: dict[str, Any]) -> RunConfig:
             # Files at steps 0, 2 and 3: the interval and the last step.
             "capture": {
                 "probe_interval_steps": 2, "probe_batch_tokens": 48, "stream_residual": True, "stream_attention": True,
+                "sample": {
+                    "neurons": {"0": [1, 47], "1": [30, 2]} if "layers" not in scenario else {"1": [30, 2]},
+                    "tokens_per_language": 6, "top": 4, "context_tokens": 3,
+                },
                 "layers": scenario.get("layers"), "on_error": scenario.get("on_error", "stop"),
             },
         },

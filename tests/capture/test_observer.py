@@ -18,6 +18,7 @@ from megatron_xalign.capture.probe import ProbeSentence
 from megatron_xalign.config import CaptureConfig, DataConfig, RunConfig, TrainingConfig
 from megatron_xalign.errors import ConfigError, FormatError, XAlignError
 from megatron_xalign.formats.neuron_stats import list_neuron_stats, read_neuron_stats
+from megatron_xalign.training.trackers import flat
 from megatron_xalign.workflows.training import _score_functions
 
 LANGUAGES = ("eng_Latn", "fin_Latn")
@@ -176,6 +177,13 @@ def test_scores_of_every_probe_are_those_of_the_statistics_written(tmp_path: Pat
     assert [item.get("scores", {}).keys() == lines[0].keys() - {"step", "consumed_tokens"} for item in heard] == [
         False, True, False, True,
     ]
+    # Trackers take numbers by name.
+    for_trackers = dict(flat({"scores": heard[-1]["scores"]}))
+    assert for_trackers["scores/ap_count_0.9/fin_Latn/layer_01"] == lines[-1]["ap_count_0.9"]["fin_Latn"]["layers"][1]
+    gaps = lines[-1]["cosine_gap"]["eng_Latn-fin_Latn"]
+    assert for_trackers["scores/cosine_gap/eng_Latn-fin_Latn/layer_input"] == gaps["layers"][0]
+    assert for_trackers["scores/cosine_gap/eng_Latn-fin_Latn/layer_02"] == gaps["layers"][3]
+    assert len(for_trackers) == 2 * 2 * (1 + LAYERS) + 2 * (2 + LAYERS)
 
 
 def test_scores_done_again_replace_those_of_a_killed_run(tmp_path: Path) -> None:

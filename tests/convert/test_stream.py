@@ -23,7 +23,8 @@ def announce(tensors: dict[str, torch.Tensor]) -> list[Announced]:
 def test_the_safetensors_library_reads_what_was_streamed(tmp_path: Path) -> None:
     with open_stream(tmp_path / "x", announce(TENSORS)) as stream:
         for name, tensor in TENSORS.items():
-            stream.write(name, tensor.T.contiguous().T)  # memory order must not matter
+            # Memory order must not matter.
+            stream.write(name, [tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor])
     read = load_file(tmp_path / "x")
     assert read.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
@@ -32,13 +33,13 @@ def test_the_safetensors_library_reads_what_was_streamed(tmp_path: Path) -> None
 
 def test_a_tensor_out_of_turn_missing_or_too_many_is_a_misuse(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"where .*'a'"), open_stream(tmp_path / "x", announce(TENSORS)) as stream:
-        stream.write("c", TENSORS["c"])
+        stream.write("c", [TENSORS["c"]])
     one = {"a": TENSORS["a"]}
     with pytest.raises(ValueError, match="a was announced but not written"), open_stream(tmp_path / "x", announce(one)):
         pass
     with pytest.raises(ValueError, match="None was announced"), open_stream(tmp_path / "x", announce(one)) as stream:
-        stream.write("a", TENSORS["a"])
-        stream.write("a", TENSORS["a"])
+        stream.write("a", [TENSORS["a"]])
+        stream.write("a", [TENSORS["a"]])
     with pytest.raises(ValueError, match="announced twice"), open_stream(tmp_path / "x", announce(one) * 2):
         pass
 

@@ -88,7 +88,7 @@ def test_a_malformed_line_is_fatal_or_counted(tmp_path: Path, fields: Fields, li
     encoded = line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"\n".join([json.dumps(good).encode(), b"", encoded, json.dumps(good).encode()]))
-    with pytest.raises(CorpusError, match=rf"x\.jsonl:3: .*{reason}.*on_error=skip"):
+    with pytest.raises(CorpusError, match=rf"x\.jsonl:3: .*{reason}.*on-error skip"):
         read(path, fields)
     for part_bytes in (1 << 20, 30):
         batches, reading = read(path, fields, "skip", part_bytes=part_bytes)

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from megatron_xalign.data import language_identification
 from megatron_xalign.data.filters import PairFilter, PairFilters
 from megatron_xalign.data.folding import SCRIPTS, count_characters
 from megatron_xalign.data.language_identification import LanguageChecker, identifier_code, letter_widths, scripts_of
@@ -148,3 +149,22 @@ def test_a_missing_identifier_is_named_with_the_way_to_get_it(monkeypatch: pytes
 def test_letters_are_weighted_by_their_script() -> None:
     widths = letter_widths(count_characters(["abc", "中文", "かな", "한글", "12 .", "中a"]))
     np.testing.assert_array_equal(widths.sum(axis=1), [3, 6, 2.5, 4, 0, 4])
+
+
+def test_generated_text_is_identified_or_said_to_be_too_short() -> None:
+    pytest.importorskip("eld")
+    identifier = language_identification.LanguageIdentifier(["eng_Latn", "fin_Latn"])
+    english, finnish, short, french = identifier.identify(
+        [
+            "The ministers will meet again next week to talk about the budget.",
+            "Ministerit tapaavat jälleen ensi viikolla ja puhuvat talousarviosta.",
+            "Kyllä se on",
+            "Les ministres se réuniront la semaine prochaine pour parler du budget.",
+        ],
+        wanted="fin_Latn",
+    )
+    assert (english.language, finnish.language, french.language) == ("eng_Latn", "fin_Latn", None)
+    assert finnish.share > english.share and french.determined
+    assert short == language_identification.Identified(None, 0.0, False)
+    with pytest.raises(ConfigError, match="xho_Latn"):
+        language_identification.LanguageIdentifier(["xho_Latn"])

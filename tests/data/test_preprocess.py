@@ -170,7 +170,7 @@ def test_a_finished_file_with_malformed_lines_is_kept_only_where_they_may_be_lef
     assert run_job(monolingual_job([lines], tmp_path / "x", tokenizer.path, on_error="skip")).figures is None
     with pytest.raises(CorpusError, match=r"fin\.jsonl:2: not JSON"):
         preprocess(monolingual_job([lines], tmp_path / "x", tokenizer.path))
-    with pytest.raises(CorpusError, match="1 malformed lines are more than max_skipped=0 allows"):
+    with pytest.raises(CorpusError, match="1 malformed lines are more than --max-skipped 0 allows"):
         preprocess(monolingual_job([lines], tmp_path / "x", tokenizer.path, on_error="skip", max_skipped=0))
     # What was there stays until something else is whole.
     assert check_token_file(tmp_path / "x", tokenizer).good
@@ -186,6 +186,7 @@ def test_inputs_that_cannot_be_used_are_corpus_errors_and_leave_nothing(
     (tmp_path / "empty.jsonl").write_text('{"text": " "}\n\n')
     with pytest.raises(CorpusError, match=r"no document with text \(1 read, 1 empty, 1 lines left out\)"):
         preprocess(monolingual_job([tmp_path / "empty.jsonl"], out / "x", tokenizer.path))
+    assert not list(out.iterdir())
     (tmp_path / "bad.jsonl").write_text(english_finnish.read_text() + "oops\n")
     with pytest.raises(CorpusError, match=rf"bad\.jsonl:{len(PAIRS) + 2}: not JSON"):
         preprocess(pairs_job([tmp_path / "bad.jsonl"], out / "x", tokenizer.path))
@@ -351,7 +352,7 @@ def test_settings_survive_json_and_refuse_contradictions(tmp_path: Path, tokeniz
         ({"sentences": SentenceSettings()}, "for monolingual documents"),
         ({"direction": "sideways"}, "is not one of forward, backward, random"),
         ({"workers": 0}, "must be 1 or more"),
-        ({"max_skipped": 3}, "with on_error=raise nothing is"),
+        ({"max_skipped": 3}, "without that nothing is"),
         ({"duplicates": "near", "near_threshold": 0.1}, "outside"),
         ({"append_eod": False, "pairing": "separated"}, "nothing ends them"),
     ):

@@ -111,7 +111,7 @@ def test_malformed_lines_are_named_or_counted_with_examples(tmp_path: Path, toke
             on_error="skip",
             max_skipped=5,
         )
-        with pytest.raises(CorpusError, match="malformed lines are more than max_skipped=5 allows, such as "):
+        with pytest.raises(CorpusError, match="malformed lines are more than --max-skipped 5 allows, such as "):
             preprocess(job)
     assert made[0] == made[1]
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from job import LANGUAGES, sample
 
+from megatron_xalign.formats.neuron_samples import read_samples, samples_path
 from megatron_xalign.formats.neuron_stats import NeuronStats, list_neuron_stats, read_neuron_stats, stats_folder
 
 pytestmark = pytest.mark.distributed
@@ -314,6 +316,44 @@ def test_interventions_are_the_same_under_every_layout_and_leave_nothing_behind(
         assert other.keys() == one.keys()
         for name, losses in one.items():
             np.testing.assert_allclose(other[name], losses, rtol=1e-5, atol=1e-5, err_msg=f"{run.name}: {name}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tensor parallel", "sequence parallel, recompute", "pipeline", "data parallel", "tp2 to pp2", "pp2 to dp2",
+        "dp2 to tp2 sp", "pipeline, one layer",
+    ],
+)
+def test_samples_are_the_same_tokens_under_every_layout(alone: Path, two: Path, name: str) -> None:
+    for step in (2, 3):
+        reference = "one layer" if name.endswith("one layer") else "whole"
+        one, other = (read_samples(samples_path(folder, step)) for folder in (alone / reference, two / name))
+        assert (one.neurons, one.first_step, one.languages) == (other.neurons, other.first_step, other.languages)
+        assert (one.arrays["priority_KR"] < 2**62).all()
+        for array in ("priority_KR", "context_KRW", "top_language_NE", "top_context_NEW"):
+            np.testing.assert_array_equal(one.arrays[array], other.arrays[array], err_msg=array)
+        for array in ("act_KRN", "top_act_NE"):
+            np.testing.assert_allclose(one.arrays[array], other.arrays[array], rtol=1e-4, atol=1e-6, err_msg=array)
+
+
+def test_the_top_of_a_neuron_are_the_largest_activations_with_their_text(alone: Path, naive: Outcome) -> None:
+    samples = read_samples(samples_path(alone / "on", 2))
+    ids_SB = np.concatenate([naive[f"step{step}_language_ids"].T for step in WINDOWS[2]], axis=1)
+    for layer, neuron in samples.neurons:
+        act_SB = np.concatenate([naive[f"step{step}_act{layer}"][..., neuron] for step in WINDOWS[2]], axis=1)
+        act_SB = np.where(ids_SB >= 0, act_SB, -np.inf)
+        best = np.argsort(-act_SB.ravel(), kind="stable")[:4]
+        examples = samples.top(layer, neuron)
+        np.testing.assert_allclose([e.activation for e in examples], act_SB.ravel()[best], rtol=1e-4, atol=1e-6)
+        for example, place in zip(examples, best, strict=True):
+            s, b = divmod(int(place), act_SB.shape[1])
+            tokens = sample(b)["tokens"]  # rows of steps 1 and 2 are samples 0 to 15
+            assert example.token == tokens[s] and example.language == LANGUAGES[ids_SB[s, b]]
+            assert example.before == tuple(tokens[max(s - 3, 0) : s]) and example.after == tuple(tokens[s + 1 : s + 4])
+        for example in samples.sample(layer, neuron):
+            where = np.argwhere(np.isclose(act_SB, example.activation, rtol=1e-4, atol=1e-6))
+            assert any(sample(b)["tokens"][s] == example.token for s, b in where)
 
 
 @pytest.mark.parametrize("name", ["tensor parallel", "sequence parallel, recompute", "pipeline", "data parallel"])

@@ -97,20 +97,20 @@ def _train(
         TrainingConfig,
         {
             "train_steps": STEPS, "global_batch_size": GLOBAL_BATCH, "micro_batch_size": micro_batch_size,
-            "params_dtype": params_dtype, "recompute": recompute, "log_interval_steps": 1,
+            "recompute": recompute, "log_interval_steps": 1,
         },
     )
     with topology.start(layout, seed=1) as ranks:
         chunks = build_model(
             from_tree(ModelConfig, MODEL | (model or {})), padded_vocab_size=padded_vocab_size, seq_length=LENGTH,
-            parallel=layout, params_dtype=training.params_dtype, recompute=training.recompute, ranks=ranks, seed=7,
+            parallel=layout, params_dtype=params_dtype, recompute=training.recompute, ranks=ranks, seed=7,
             vocab_size=VOCAB,
         )
         if save_weights:
             weights = {n: p.detach().float().numpy().copy() for n, p in chunks[0].module.named_parameters()}
             np.savez(folder / f"{name}.npz", **weights)
         optimizer = build_optimizer(
-            chunks, OPTIMIZER, parallel=layout, params_dtype=training.params_dtype, train_steps=STEPS
+            chunks, OPTIMIZER, parallel=layout, params_dtype=params_dtype, train_steps=STEPS
         )
         current_batch = CurrentBatch()
         prober = Prober(build_forward_only(chunks, ranks, current_batch), probe_lengths or [])

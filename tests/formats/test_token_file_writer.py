@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import subprocess
 import sys
@@ -357,6 +358,21 @@ def test_a_real_limit_of_the_system_is_one_clear_error_and_leaves_nothing(tmp_pa
     assert done.stdout.startswith("FormatError" if limit < 400_034 else "")
     assert "larger than this file system or your limits" in done.stdout or limit > 400_034
     assert len(list(tmp_path.iterdir())) == (4 if limit > 400_034 else 0)
+
+
+def test_on_a_full_disk_the_first_error_is_told_though_closing_fails_too(
+    tmp_path: Path, token_files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is written to /dev/full stays in memory until it is flushed, which fails: columns met a full disk like that.
+    full = functools.partial(Path("/dev/full").open, "w+b")
+    monkeypatch.setattr(token_file_columns.tempfile, "TemporaryFile", lambda **_: full())
+    with pytest.raises(FormatError, match="cannot be written: the disk is full"):
+        token_files.write(tmp_path / "x", token_files.documents(1, 9))
+    columns = token_file_columns.TokenFileColumns(tmp_path / "x", np.dtype(np.uint16))
+    with pytest.raises(FormatError, match="somebody else's"), columns:
+        columns.put_sequences(np.ones(3, dtype=np.int32))
+        raise FormatError("somebody else's")
+    assert not list(tmp_path.iterdir())
 
 
 def test_where_nothing_can_be_written_the_error_says_what_to_do(

@@ -58,8 +58,10 @@ class Permutation {
   // not all there.
   void fill(std::int64_t first, std::int64_t count, std::int64_t* numbers) const;
   void fill_positions(std::int64_t first, std::int64_t count, std::int64_t* positions) const;
-  // Puts the number at each of some positions in its place. Throws std::out_of_range if one is outside.
+  // Puts the number at each of some positions in its place, and the position of each of some numbers. Throw
+  // std::out_of_range if one is outside.
   void map(std::int64_t* positions, std::size_t count) const;
+  void map_back(std::int64_t* numbers, std::size_t count) const;
 
  private:
   static constexpr int kRounds = 8;

@@ -155,6 +155,8 @@ class SourceStream {
   DocumentsRead read_of_cut(const Epoch& epoch, std::int64_t num_drawn, std::int64_t first_document,
                             std::int64_t end_document) const;
   void fill_documents(const Permutation& order, std::int64_t first, std::int64_t count, std::int64_t* documents) const;
+  void add_in_file_order(const Epoch& epoch, int num_threads, std::vector<std::int64_t>& tokens) const;
+  void add_in_stream_order(const Epoch& epoch, int num_threads, std::vector<std::int64_t>& tokens) const;
   [[noreturn]] void stale(const char* what) const;
 
   TokenFileView file_;
