@@ -223,11 +223,13 @@ def hugging_face_weights(model: ModelConfig, chunk: Any) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="the small model of --quick, as many turns as asked")
     parser.add_argument("--quick", action="store_true", help="a small model and few steps: shows that it runs")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant")
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
     options = parser.parse_args()
     model, rounds, steps = (SMALL, 2, 1) if options.quick else (MODEL, options.rounds, options.steps)
+    model = SMALL if options.small else model
 
     with tempfile.TemporaryDirectory() as name, topology.start(ParallelConfig(), SEED) as ranks:
         import torch
@@ -260,7 +262,8 @@ def main() -> None:
     speed = {contestant: tokens / median(seconds) for contestant, seconds in cpu.items()}
     for contestant in names:
         print(
-            f"{contestant:24s} {speed[contestant]:10,.0f} tokens a CPU second, "
+            f"{contestant:24s} {speed[contestant]:10,.0f} tokens a CPU second "
+            f"({tokens / min(cpu[contestant]):,.0f} in the best turn), "
             f"{tokens / median(wall[contestant]):10,.0f} a second; losses {losses[contestant][0]:.6f} ... "
             f"{losses[contestant][-1]:.6f}"
         )
