@@ -11,7 +11,7 @@ LANE := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])
 CONSTRAINTS := constraints/$(LANE).txt
 SOURCES := setup.py pyproject.toml $(wildcard csrc/src/* csrc/include/xalign/*) $(CONSTRAINTS)
 
-.PHONY: quickstart test lint install clean-venv
+.PHONY: quickstart test lint lanes install clean-venv
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/xalign quickstart $(ARGS)
 
@@ -21,6 +21,11 @@ test: $(VENV)/.installed-dev lint
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+# The distributed tests with every installation: make lanes LANES=".venv/bin/python .venv312/bin/python"
+LANES ?= $(VENV)/bin/python
+lanes:
+	OMP_NUM_THREADS=1 tests/run_lanes.sh $(LANES) $(if $(ARGS),-- $(ARGS))
 
 install: $(VENV)/.installed
 

@@ -40,9 +40,36 @@ class Batch:
         """Take arrays [B, S] by name, without copying them where torch allows it."""
         return cls(**{item.name: torch.from_numpy(arrays[item.name]) for item in fields(cls)})
 
+    def part(self, context_rank: int, context_size: int) -> Batch:
+        """The tokens of every sequence that one context-parallel rank holds, [B, S / context_size]."""
+        if context_size == 1:
+            return self
+        pieces = context_chunks(self.tokens.shape[1], context_rank, context_size)
+        return Batch(
+            **{name: torch.cat([tensor[:, piece] for piece in pieces], dim=1) for name, tensor in vars(self).items()}
+        )
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         return Batch(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
+
+
+def context_chunks(length: int, context_rank: int, context_size: int) -> tuple[slice, slice]:
+    """Positions of a sequence that one context-parallel rank holds, in the order in which it holds them.
+
+    Of ``2 * context_size`` equal chunks rank r has r and, counted from the end, r: under a causal mask every rank then
+    has as much to attend to.
+
+    Raises:
+        ValueError: the sequence cannot be cut so.
+
+    Source: Megatron-Core's ``get_batch_on_this_cp_rank``.
+    """
+    if length % (2 * context_size):
+        raise ValueError(f"{length} tokens cannot be cut into {2 * context_size} equal chunks.")
+    width = length // (2 * context_size)
+    first, second = context_rank, 2 * context_size - 1 - context_rank
+    return slice(first * width, (first + 1) * width), slice(second * width, (second + 1) * width)
 
 
 def collate(samples: Sequence[dict[str, np.ndarray]]) -> Batch:

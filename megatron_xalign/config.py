@@ -122,6 +122,11 @@ class ParallelConfig:
     """Processes that share every layer's matrices."""
     pipeline_model_parallel_size: int = 1
     """Processes that hold consecutive blocks of layers."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Blocks of layers each of those holds instead of one (interleaved schedule); Megatron-LM's
+    ``--num-layers-per-virtual-pipeline-stage`` is ``num_layers`` over pipeline size over this."""
+    context_parallel_size: int = 1
+    """Processes that share every sequence; each holds two of its ``2 * context_parallel_size`` chunks."""
     sequence_parallel: bool = False
     """Split norms and dropout along the sequence inside a tensor-parallel group."""
     use_distributed_optimizer: bool = False
@@ -137,8 +142,18 @@ class ParallelConfig:
             self.heartbeat_interval_seconds >= 0,
             f"heartbeat_interval_seconds={self.heartbeat_interval_seconds} is negative; 0 turns it off.",
         )
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_seconds"):
+        for name in (
+            "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+            "distributed_timeout_seconds",
+        ):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
+        virtual = self.virtual_pipeline_model_parallel_size
+        _require(
+            virtual is None or (virtual > 1 and self.pipeline_model_parallel_size > 1),
+            f"virtual_pipeline_model_parallel_size={virtual} with pipeline_model_parallel_size="
+            f"{self.pipeline_model_parallel_size}; an interleaved pipeline needs at least 2 of both. Leave it out for "
+            "one block of layers a stage.",
+        )
         _require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "sequence_parallel=true needs tensor_model_parallel_size above 1.",
@@ -147,7 +162,12 @@ class ParallelConfig:
     @property
     def model_parallel_size(self) -> int:
         """Processes one copy of the model needs."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def virtual_size(self) -> int:
+        """Blocks of layers each pipeline stage holds."""
+        return self.virtual_pipeline_model_parallel_size or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,6 +337,8 @@ class DataConfig:
     """Documents of every source for training, validation and test, as proportions in Megatron's notation."""
     reset_position_ids: bool = False
     """Whether positions start again at every document of a sample."""
+    reset_attention_mask: bool = False
+    """Whether tokens attend to tokens of their own document only."""
     eod_mask_loss: bool = False
     """Whether what follows an end-of-document token bears no loss."""
     index_cache_dir: str = ""
@@ -463,11 +485,38 @@ class TrainingConfig:
     """Samples of one step, over all data-parallel ranks."""
     micro_batch_size: int = 8
     """Samples of one forward pass on one rank."""
+    rampup_batch_size: tuple[int, ...] = ()
+    """``[start, increment, samples]``: the global batch grows from ``start`` by ``increment`` to ``global_batch_size``
+    over the first ``samples`` samples, as Megatron's. The budget stays; the run takes more steps. Empty: constant."""
     load_weights: str | None = None
     """Checkpoint whose weights the run starts from (``xalign convert from-hf``, or another run's); optimizer and data
     start afresh."""
-    recompute: Literal["none", "full"] = "none"
-    """``full`` recomputes every layer's forward in the backward pass to save memory."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What is computed again in the backward pass to save memory: ``full``, whole layers; ``selective``,
+    ``recompute_modules`` of every layer."""
+    recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = ("core_attn",)
+    """Parts of a layer that ``selective`` computes again."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """``full``: ``uniform`` keeps the input of every ``recompute_num_layers``-th layer; ``block`` computes the first
+    ``recompute_num_layers`` layers of every pipeline block again and keeps the others' activations."""
+    recompute_num_layers: int = 1
+    """See ``recompute_method``."""
+    z_loss_coefficient: float = 0.0
+    """Weight of the squared logarithm of the softmax's denominator in what is minimised (PaLM: 1e-4); reported losses
+    are without it."""
+    nonfinite_policy: Literal["stop", "skip", "rewind"] = "stop"
+    """What to do when a loss or gradient is not a finite number: stop; leave that step's update out; or go back to the
+    weights of the last checkpoint and on with the data after that step."""
+    loss_spike_policy: Literal["ignore", "warn", "skip", "rewind", "stop"] = "ignore"
+    """What to do when a step's loss is more than ``loss_spike_deviations`` standard deviations above the mean of the
+    last ``loss_spike_window`` steps. Anything but ``ignore`` sums the loss over all processes at every step."""
+    loss_spike_deviations: float = 6.0
+    """See ``loss_spike_policy``."""
+    loss_spike_window: int = 100
+    """See ``loss_spike_policy``; no step is a spike before that many have been seen."""
+    max_bad_steps: int = 10
+    """Steps that ``skip`` and ``rewind`` may pass over with no ``save_interval_steps`` good ones in a row between; one
+    more stops the run."""
     log_interval_steps: int = 10
     """Steps between lines of metrics.jsonl."""
     save_interval_steps: int = 50
@@ -478,6 +527,9 @@ class TrainingConfig:
     """Checkpoints of steps that are a multiple of this are kept besides; 0: none."""
     checkpoint_hashes: bool = True
     """Whether SHA-256 of every file is kept and compared before loading; without, sizes only."""
+    hf_export_interval_steps: int = 0
+    """Export checkpoints of these steps (and the last) to ``hf/step-NNNNNN`` while training goes on; a multiple of
+    ``save_interval_steps``. 0: never."""
     async_save: bool = False
     """Whether training goes on while a checkpoint is written, from a copy of the state in main memory."""
     allow_changed_data: bool = False
@@ -494,9 +546,15 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in (
             "train_steps", "global_batch_size", "micro_batch_size", "log_interval_steps", "save_interval_steps",
+            "recompute_num_layers", "loss_spike_deviations", "max_bad_steps",
         ):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
         _require(self.keep_checkpoints >= 0, f"keep_checkpoints={self.keep_checkpoints} is negative; 0 keeps all.")
+        _require(
+            self.hf_export_interval_steps >= 0 and self.hf_export_interval_steps % self.save_interval_steps == 0,
+            f"hf_export_interval_steps={self.hf_export_interval_steps} is not a multiple of save_interval_steps="
+            f"{self.save_interval_steps}; only saved steps can be exported.",
+        )
         _require(self.keep_every_steps >= 0, f"keep_every_steps={self.keep_every_steps} is negative; 0 is none.")
         _require(
             self.exit_duration_minutes >= 0,
@@ -509,10 +567,35 @@ class TrainingConfig:
             self.eval_samples_per_source > 0,
             f"eval_samples_per_source={self.eval_samples_per_source} must be positive.",
         )
+        if self.rampup_batch_size:
+            self._check_rampup()
+        _require(self.z_loss_coefficient >= 0, f"z_loss_coefficient={self.z_loss_coefficient} is negative; 0 is none.")
+        _require(
+            self.loss_spike_window > 1,
+            f"loss_spike_window={self.loss_spike_window} steps have no deviation; use 2 or more.",
+        )
+        _require(
+            self.recompute != "selective" or bool(self.recompute_modules),
+            "recompute_modules is empty with recompute=selective; name core_attn, mlp or layernorm.",
+        )
         _require(
             self.global_batch_size % self.micro_batch_size == 0,
             f"global_batch_size={self.global_batch_size} is not divisible by "
             f"micro_batch_size={self.micro_batch_size}.",
+        )
+
+
+    def _check_rampup(self) -> None:
+        given = f"rampup_batch_size={list(self.rampup_batch_size)}"
+        _require(
+            len(self.rampup_batch_size) == 3 and min(self.rampup_batch_size) > 0,
+            f"{given} should be three positive numbers: the first batch size, its increment, and the samples it takes "
+            "to grow.",
+        )
+        start, increment, _ = self.rampup_batch_size
+        _require(
+            start <= self.global_batch_size and (self.global_batch_size - start) % increment == 0,
+            f"{given} does not reach global_batch_size={self.global_batch_size} from {start} in steps of {increment}.",
         )
 
 
@@ -636,6 +719,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require(bool(self.name), "name is empty.")
         _require(self.seed >= 0, f"seed={self.seed} is negative.")
+        _require(
+            self.capture is None or not self.training.rampup_batch_size,
+            "training.rampup_batch_size does not go with capture, which counts on steps of one size; leave out one of "
+            "them.",
+        )
         tensor, pipeline = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
         for name, size in (
             ("num_attention_heads", self.model.num_attention_heads),
@@ -646,10 +734,12 @@ class RunConfig:
                 size % tensor == 0,
                 f"model.{name}={size} is not divisible by parallel.tensor_model_parallel_size={tensor}.",
             )
+        virtual, context = self.parallel.virtual_size, self.parallel.context_parallel_size
         _require(
-            self.model.num_layers % pipeline == 0,
+            self.model.num_layers % (pipeline * virtual) == 0,
             f"model.num_layers={self.model.num_layers} is not divisible by "
-            f"parallel.pipeline_model_parallel_size={pipeline}.",
+            f"parallel.pipeline_model_parallel_size={pipeline}"
+            + (f" times parallel.virtual_pipeline_model_parallel_size={virtual}." if virtual > 1 else "."),
         )
         captured = self.capture.layers if self.capture is not None else None
         sampled = self.capture.sample.chosen if self.capture is not None and self.capture.sample is not None else []
@@ -665,9 +755,15 @@ class RunConfig:
             "are counted from 0.",
         )
         _require(
-            not self.parallel.sequence_parallel or self.data.seq_length % tensor == 0,
-            f"data.seq_length={self.data.seq_length} is not divisible by "
-            f"parallel.tensor_model_parallel_size={tensor}, which sequence_parallel needs.",
+            context == 1 or self.data.seq_length % (2 * context) == 0,
+            f"data.seq_length={self.data.seq_length} is not divisible by {2 * context}, twice "
+            f"parallel.context_parallel_size={context}: every process holds two chunks of a sequence.",
+        )
+        _require(
+            not self.parallel.sequence_parallel or self.data.seq_length // context % tensor == 0,
+            f"data.seq_length={self.data.seq_length}"
+            + (f" over parallel.context_parallel_size={context}" if context > 1 else "")
+            + f" is not divisible by parallel.tensor_model_parallel_size={tensor}, which sequence_parallel needs.",
         )
 
     @classmethod

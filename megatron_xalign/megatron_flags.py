@@ -86,6 +86,7 @@ FLAGS = (
     Flag("--seq-length", "data.seq_length", _count),
     Flag("--split", "data.split", default="969,30,1"),
     Flag("--reset-position-ids", "data.reset_position_ids", _true),
+    Flag("--reset-attention-mask", "data.reset_attention_mask", _true),
     Flag("--eod-mask-loss", "data.eod_mask_loss", _true),
     Flag("--num-workers", "data.num_workers", _count),
     Flag("--data-cache-path", "data.index_cache_dir"),

@@ -261,3 +261,22 @@ def describe_steering(report: Mapping[str, Any], out: Path) -> str:
         judged = report["judge"]
         lines.append(f"  {'judge: ' + name:34s}{judged['unsteered'][name]:12.3g}{judged['steered'][name]:12.3g}")
     return "\n".join([*lines, f"  {out / 'steering.json'}"])
+
+
+def describe_ablation(report: Mapping[str, Any], out: Path) -> str:
+    """Whose neurons were switched off against whose loss changed."""
+    languages = report["languages"]
+    lines = [
+        f"change of the loss in nats per token, over {report['num_pairs']} pairs; in brackets: as many random neurons",
+        f"  {'neurons of':18s}" + "".join(f"{'loss of ' + language:>26s}" for language in languages),
+    ]
+    for number, language in enumerate(languages):
+        cells = [
+            f"{own:+.4f} ({random:+.4f})"
+            for own, random in zip(*(report["change"][kind][number] for kind in ("language", "random")), strict=True)
+        ]
+        lines.append(
+            f"  {language + ' ' + format(report['num_neurons'][language], ','):18s}"
+            + "".join(f"{cell:>26s}" for cell in cells)
+        )
+    return "\n".join([*lines, f"  {out}"])

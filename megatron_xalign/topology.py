@@ -1,4 +1,4 @@
-"""Which tensor-, pipeline- and data-parallel rank this process is, and sums and gathers over a named axis."""
+"""Which tensor-, pipeline-, context- and data-parallel rank this process is; sums and gathers over a named axis."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -22,7 +22,9 @@ from megatron_xalign import platform
 from megatron_xalign.config import ParallelConfig
 from megatron_xalign.errors import ConfigError, WorkerError
 
-Axis = Literal["tensor", "pipeline", "data", "world"]
+Axis = Literal["tensor", "pipeline", "data", "context", "data_context", "world"]
+"""``data_context``: the processes that hold the same weights as this one, each with other tokens of the global batch.
+Sums over tokens go over it; without context parallelism it is the same as ``data``."""
 Thing = TypeVar("Thing")
 
 log = logging.getLogger(__name__)
@@ -57,21 +59,27 @@ class Ranks:
     rank: int
     """Number of this process in the whole job."""
     world_size: int
-    """Processes of the job: tensor x pipeline x data size."""
+    """Processes of the job: tensor x pipeline x context x data size."""
     tensor_rank: int
     """Which shard of every matrix this process holds."""
     tensor_size: int
     """Processes that share every matrix."""
     pipeline_rank: int
-    """Which block of consecutive layers this process holds."""
+    """Which stage of the pipeline this process is: it holds a block of consecutive layers, or ``virtual_size``."""
     pipeline_size: int
-    """Blocks of layers."""
+    """Stages of the pipeline."""
     data_rank: int
     """Which share of every global batch this process reads."""
     data_size: int
     """Copies of the model."""
     device: torch.device
     """Where this process computes."""
+    context_rank: int = 0
+    """Which part of every sequence this process holds; see ``batch.context_chunks``."""
+    context_size: int = 1
+    """Processes that share every sequence."""
+    virtual_size: int = 1
+    """Blocks of layers this process holds: block v of stage p is number ``v * pipeline_size + p`` of the model."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -83,11 +91,24 @@ class Ranks:
         """Whether this process holds the last layers and computes the loss."""
         return self.pipeline_rank == self.pipeline_size - 1
 
+    def holds_embedding(self, virtual: int) -> bool:
+        """Whether this process's block number ``virtual`` is the model's first."""
+        return self.is_first_stage and virtual == 0
+
+    def holds_output(self, virtual: int) -> bool:
+        """Whether this process's block number ``virtual`` is the model's last."""
+        return self.is_last_stage and virtual == self.virtual_size - 1
+
+    @property
+    def data_context_rank(self) -> int:
+        """Number of this process among those that hold the same weights; 0 is where sums over all of them are kept."""
+        return self.data_rank * self.context_size + self.context_rank
+
     def size_of(self, axis: Axis) -> int:
         """Processes along an axis."""
         return {
-            "tensor": self.tensor_size, "pipeline": self.pipeline_size,
-            "data": self.data_size, "world": self.world_size,
+            "tensor": self.tensor_size, "pipeline": self.pipeline_size, "data": self.data_size,
+            "context": self.context_size, "data_context": self.data_size * self.context_size, "world": self.world_size,
         }[axis]
 
     def group_of(self, axis: Axis) -> dist.ProcessGroup | None:
@@ -100,9 +121,13 @@ class Ranks:
             return parallel_state.get_pipeline_model_parallel_group()
         if axis == "data":
             return parallel_state.get_data_parallel_group()
+        if axis == "context":
+            return parallel_state.get_context_parallel_group()
+        if axis == "data_context":
+            return parallel_state.get_data_parallel_group(with_context_parallel=True)
         if axis == "world":
             return None
-        raise ValueError(f"axis {axis!r} is not one of tensor, pipeline, data, world.")
+        raise ValueError(f"axis {axis!r} is not one of {', '.join(get_args(Axis))}.")
 
     def sum_over(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
         """The sum of a tensor over all processes of an axis, on each of them; the argument is left as it is."""
@@ -160,22 +185,25 @@ def start(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
     and processes talk over gloo; else over NCCL. Call it before anything imports ``megatron.core``.
 
     Args:
-        parallel: tensor and pipeline size; what is left of the processes is data-parallel.
+        parallel: tensor, pipeline and context size; what is left of the processes is data-parallel.
         seed: seed of the random states of torch, Megatron, NumPy and Python, not negative.
 
     Yields:
         This process's place in the job.
 
     Raises:
-        ConfigError: the processes cannot be divided by tensor size x pipeline size.
+        ConfigError: the processes cannot be divided by tensor size x pipeline size x context size.
         WorkerError: the job's port is in use, or another process of the job ended or did not answer in time.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    context = parallel.context_parallel_size
     if world_size % parallel.model_parallel_size:
         raise ConfigError(
             f"{world_size} process(es) cannot be divided by parallel.tensor_model_parallel_size={tensor} times "
-            f"parallel.pipeline_model_parallel_size={pipeline}; start a multiple of {parallel.model_parallel_size}, "
+            f"parallel.pipeline_model_parallel_size={pipeline}"
+            + (f" times parallel.context_parallel_size={context}" if context > 1 else "")
+            + f"; start a multiple of {parallel.model_parallel_size}, "
             f"for example: torchrun --nproc-per-node {parallel.model_parallel_size} ..."
         )
     if platform.is_cpu():
@@ -192,6 +220,8 @@ def start(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            context_parallel_size=context,
             # Megatron makes a timedelta of it, which takes fractions.
             distributed_timeout_minutes=parallel.distributed_timeout_seconds / 60,
         )
@@ -205,6 +235,8 @@ def start(parallel: ParallelConfig, seed: int) -> Iterator[Ranks]:
             tensor_rank=parallel_state.get_tensor_model_parallel_rank(), tensor_size=tensor,
             pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(), pipeline_size=pipeline,
             data_rank=parallel_state.get_data_parallel_rank(), data_size=parallel_state.get_data_parallel_world_size(),
+            context_rank=parallel_state.get_context_parallel_rank(), context_size=context,
+            virtual_size=parallel.virtual_size,
         )
         log.debug("process %d of %d: %s", rank, world_size, ranks)
         yield ranks

@@ -12,9 +12,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_xalign"
-ROOMS = ("data", "training", "capture", "analysis", "steering", "report", "convert")
+ROOMS = ("data", "training", "capture", "analysis", "steering", "report", "convert", "evaluation")
 FLOOR = (
-    "errors", "config", "batch", "progress", "signals", "names", "topology", "platform", "formats", "_native",
+    "errors", "config", "batch", "batch_sizes", "progress", "signals", "names", "topology", "platform", "formats",
+    "_native",
     "__version__",
 )
 MEGATRON_ALLOWED = ("platform.py", "topology.py", "training/", "convert/", "capture/recorder.py")

@@ -14,8 +14,8 @@ from megatron_xalign.formats.atomic import write_json
 
 VERBS = (
     "quickstart", "corpus", "tokenizer", "preprocess", "verify", "merge", "stats", "pairing",
-    "blend", "train", "launch", "import-args", "capture", "neurons", "analyze", "steer", "study", "convert", "report",
-    "doctor",
+    "blend", "train", "launch", "import-args", "capture", "neurons", "analyze", "steer", "ablate", "study", "convert",
+    "evaluate", "report", "doctor",
 )
 
 DOORS = ("preprocess_data",)

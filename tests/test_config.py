@@ -76,6 +76,13 @@ def test_an_optional_group_can_be_switched_on_by_an_override(tmp_path: Path) -> 
         ("model: {hidden_size: 100, num_attention_heads: 6}", "hidden_size=100 is not divisible"),
         ("model: 3", "model=3 should be a group of settings"),
         ("parallel: {tensor_model_parallel_size: 4}", "num_attention_heads=6 is not divisible"),
+        ("parallel: {virtual_pipeline_model_parallel_size: 2}", "an interleaved pipeline needs at least 2 of both"),
+        (
+            "parallel: {pipeline_model_parallel_size: 2, virtual_pipeline_model_parallel_size: 3}",
+            "model.num_layers=4 is not divisible by parallel.pipeline_model_parallel_size=2 times "
+            "parallel.virtual_pipeline_model_parallel_size=3",
+        ),
+        ("{parallel: {context_parallel_size: 3}, data: {seq_length: 256}}", "seq_length=256 is not divisible by 6"),
         ("data: {sources: [{max_repeats: 2}]}", "data.sources.0.prefix is missing"),
         ("[1, 2]", "holds a list"),
         ("a: [1", "is not YAML"),
@@ -118,6 +125,7 @@ def test_derived_sizes_follow_megatron() -> None:
     model = ModelConfig(hidden_size=96, num_attention_heads=6, num_query_groups=2)
     assert (model.head_size, model.query_groups, ModelConfig().query_groups) == (16, 2, 6)
     assert ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=3).model_parallel_size == 6
+    assert ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=2).model_parallel_size == 4
 
 
 def test_precision_is_a_word_or_a_group_and_comes_back_from_yaml(tmp_path: Path) -> None:

@@ -227,6 +227,8 @@ def pwcca(
         white_a, white_b = _whiten(acts_a, epsilon), _whiten(acts_b, epsilon)
         left, coefficients, _ = _canonical(white_a.data_DC.T @ white_b.data_DC)
     elif mode == "split":
+        for name, acts in (("acts_a_DH", acts_a), ("acts_b_DH", acts_b)):
+            check_varies(acts[::2], f"every other sentence of {name}")
         white_a, white_b = _whiten(acts_a[::2], epsilon), _whiten(acts_b[::2], epsilon)
         left, _, right = _canonical(white_a.data_DC.T @ white_b.data_DC)
         held_out_a = white_a.apply(acts_a[1::2]) @ left

@@ -13,6 +13,7 @@ from megatron_xalign import __version__
 from megatron_xalign.cli import (
     capturing,
     conversion,
+    evaluation,
     launching,
     machine,
     preprocessing,
@@ -40,6 +41,7 @@ or stage by stage, with files in between (each verb's --help says more):
   xalign train RUN.yaml --nproc-per-node 2           or: torchrun --nproc-per-node 2 tools/train.py RUN.yaml
   xalign analyze RUN_FOLDER                          measures of alignment at every probed step
   xalign convert to-hf RUN_FOLDER HF_FOLDER          checked against Megatron's logits
+  xalign evaluate RUN_FOLDER                         held-out text and translations, every checkpoint
   xalign report RUN_FOLDER ... --out REPORT          one page
 """
 
@@ -64,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         study,
         steering,
         conversion,
+        evaluation,
         machine,
     ):
         part.add_verbs(verbs)

@@ -1,4 +1,4 @@
-"""Text pushed towards a language."""
+"""Models changed while they run: text pushed towards a language, neurons switched off."""
 
 from __future__ import annotations
 
@@ -21,6 +21,42 @@ where --judge-url is given; --dry-run shows what it would cost, and --yes says t
 
 def add_verbs(verbs: Any) -> None:
     """Add the verbs of this file to the parser of ``xalign``."""
+    _add_steer(verbs)
+    _add_ablate(verbs)
+
+
+def _add_ablate(verbs: Any) -> None:
+    parser = verb(verbs, "ablate", "switch off each language's neurons and measure every language's loss", _ablate)
+    parser.add_argument("model", type=Path, help="run folder, checkpoint, or Hugging Face folder")
+    parser.add_argument("--stats", type=Path, required=True, help="RUN/neurons/step-N, in which the neurons are found")
+    parser.add_argument("--pairs", type=Path, required=True, help="translations whose loss is measured (probe file)")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write; must not exist")
+    parser.add_argument("--find", choices=("lape", "average_precision"), default="lape", help="how to find them (lape)")
+    parser.add_argument("--count", type=positive, default=1000, help="neurons a language by average precision (1000)")
+    parser.add_argument("--max-pairs", type=positive, default=500, help="pairs whose loss is measured (500)")
+    parser.add_argument("--batch-size", type=positive, default=16, help="sentences at once (16)")
+    parser.add_argument("--seed", type=natural, default=1234, help="of the random neurons and the resamples (1234)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _ablate(options: argparse.Namespace) -> int:
+    from megatron_xalign import terminal, workflows
+
+    report = workflows.ablate(
+        workflows.AblateOptions(
+            model=options.model, stats=options.stats, pairs=options.pairs, find=options.find, count=options.count,
+            max_pairs=options.max_pairs, batch_size=options.batch_size, seed=options.seed,
+        ),
+        options.out,
+    )  # fmt: skip
+    if options.json:
+        print_json(report)
+    else:
+        print(terminal.describe_ablation(report, options.out))
+    return 0
+
+
+def _add_steer(verbs: Any) -> None:
     parser = verb(verbs, "steer", "steer a model's text towards a language and measure what comes", _steer, _EXAMPLES)
     parser.add_argument("model", type=Path, help="run folder, checkpoint, or Hugging Face folder")
     parser.add_argument("--from", dest="source", required=True, metavar="LANGUAGE", help="language of the prompts")

@@ -35,7 +35,8 @@ _FREE_TO_CHANGE = (
     "output_dir", "training.log_interval_steps", "training.save_interval_steps", "training.keep_checkpoints",
     "parallel.distributed_timeout_seconds", "parallel.tensor_model_parallel_size",
     "parallel.pipeline_model_parallel_size", "parallel.sequence_parallel", "parallel.use_distributed_optimizer",
-    "training.micro_batch_size", "training.keep_every_steps", "training.checkpoint_hashes", "training.async_save",
+    "training.micro_batch_size", "training.hf_export_interval_steps",
+    "training.keep_every_steps", "training.checkpoint_hashes", "training.async_save",
     "training.allow_changed_data", "parallel.heartbeat_interval_seconds", "logging.tensorboard",
     "logging.wandb_project", "logging.wandb_mode", "logging.mlflow_experiment", "logging.mlflow_tracking_uri",
 )
@@ -76,6 +77,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Checkpoints, a folder each."""
         return self.path / "checkpoints"
+
+    @property
+    def hf(self) -> Path:
+        """Hugging Face folders of checkpoints, by step, where they are exported while training."""
+        return self.path / "hf"
 
     @property
     def neurons(self) -> Path:

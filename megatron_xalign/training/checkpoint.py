@@ -64,6 +64,8 @@ __all__ = [
 EXTRA_KEYS = ("config", "consumed_samples", "tokenizer_sha256", "vocab_size")
 """What ``extra`` must hold, for resuming and for conversion."""
 
+_ONE_OF_EACH = {"context_parallel_size": 1, "virtual_pipeline_model_parallel_size": 1}
+"""Layout of checkpoints that do not say."""
 _OBSERVER = "observers."
 # What layers keep beside their weights: Transformer Engine's FP8 state (None elsewhere), and that of our FP8 layers.
 _LAYER_STATE = ("_extra_state", *FP8_STATE)
@@ -272,7 +274,7 @@ def load_checkpoint(
         _load_optimizer(folder, model_chunks, optimizer, manifest)
     if scheduler is not None:
         _load_scheduler(folder, scheduler, manifest)
-    if manifest["layout"] == _layout(ranks):
+    if _ONE_OF_EACH | manifest["layout"] == _layout(ranks):
         _read_random_state(_random_state_file(folder, ranks.rank), ranks)
     else:
         # With no dropout nothing is drawn while training, so nothing changes.
@@ -322,8 +324,13 @@ def load_observer_state(
     if not wanted:
         return values, {}
     loaded = _load_with_core(_sharded({f"{_OBSERVER}{name}.{array}": p for array, p in wanted.items()}, ranks), folder)
+
+    def whole(array: str, part: LocalPart) -> torch.Tensor:
+        blocks: list[torch.Tensor] = loaded[f"{_OBSERVER}{name}.{array}"]
+        return blocks[0] if part.pipeline_axis is None else torch.cat(blocks, part.pipeline_axis)
+
     return values, {
-        array: dataclasses.replace(part, tensor=loaded[f"{_OBSERVER}{name}.{array}"])
+        array: dataclasses.replace(part, tensor=whole(array, part))
         for array, part in wanted.items()
     }
 
@@ -392,17 +399,25 @@ def _sharded(parts: Mapping[str, LocalPart], ranks: Ranks) -> dict[str, Any]:
     """Megatron's description of arrays that lie over tensor and pipeline ranks."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    described = {}
+    described: dict[str, Any] = {}
     for name, part in parts.items():
-        places = [(part.tensor_axis, ranks.tensor_rank, ranks.tensor_size)]
-        if not part.of_stage:
-            places.append((part.pipeline_axis, ranks.pipeline_rank, ranks.pipeline_size))
-        # Ranks that hold the same numbers are replicas, of which the first writes.
-        copies = [ranks.data_rank, *(rank for axis, rank, _ in places if axis is None)]
-        described[name] = ShardedTensor.from_rank_offsets(
-            name, part.tensor, *((axis, rank, size) for axis, rank, size in places if axis is not None),
-            replica_id=tuple(copies),
-        )
+        # Every block of layers is a shard of its own: those of one stage of an interleaved pipeline are not neighbours.
+        num_blocks = 1 if part.pipeline_axis is None else ranks.virtual_size
+        blocks = part.tensor.chunk(num_blocks, part.pipeline_axis or 0)
+        described[name] = []
+        for virtual, block in enumerate(blocks):
+            places = [(part.tensor_axis, ranks.tensor_rank, ranks.tensor_size)]
+            if not part.of_stage:
+                number = virtual * ranks.pipeline_size + ranks.pipeline_rank
+                places.append((part.pipeline_axis, number, ranks.virtual_size * ranks.pipeline_size))
+            # Ranks that hold the same numbers are replicas, of which the first writes.
+            copies = [ranks.data_context_rank, *(rank for axis, rank, _ in places if axis is None)]
+            described[name].append(
+                ShardedTensor.from_rank_offsets(
+                    name, block, *((axis, rank, size) for axis, rank, size in places if axis is not None),
+                    replica_id=tuple(copies),
+                )
+            )
     return described
 
 
@@ -468,6 +483,8 @@ def _layout(ranks: Ranks) -> dict[str, int]:
         "tensor_model_parallel_size": ranks.tensor_size,
         "pipeline_model_parallel_size": ranks.pipeline_size,
         "data_parallel_size": ranks.data_size,
+        "context_parallel_size": ranks.context_size,
+        "virtual_pipeline_model_parallel_size": ranks.virtual_size,
     }
 
 
@@ -664,6 +681,8 @@ def _load_scheduler(folder: Path, scheduler: Any, manifest: dict[str, Any]) -> N
             f"{folder} was trained on another schedule: {', '.join(differing)}. Resume with the settings of its "
             "config.yaml, or start a new run."
         )
+    # Megatron adds the steps it loads to those it has.
+    scheduler.num_steps = 0
     scheduler.load_state_dict(stored)
 
 

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from megatron_xalign.batch import Batch, CurrentBatch
+from megatron_xalign.batch_sizes import BatchSizes, batch_sizes
 from megatron_xalign.config import TrainingConfig
 from megatron_xalign.errors import ConfigError, StoppedEarly, XAlignError
 from megatron_xalign.progress import progress_bar
 from megatron_xalign.topology import ObserverState, Ranks
 from megatron_xalign.training.forward import forward_backward
+from megatron_xalign.training.guard import LossGuard, Verdict
 from megatron_xalign.training.heartbeat import Heartbeat
 from megatron_xalign.training.metrics import LossSums, append_metrics, readable, truncate_metrics
 from megatron_xalign.training.optimizer import Optimizer
@@ -48,7 +50,7 @@ class Observer(Protocol):
         """Called after the weights have moved.
 
         ``metrics`` always has step, consumed_tokens, grad_norm and lr, and at logged steps the whole line of
-        ``metrics.jsonl``.
+        ``metrics.jsonl``. Where the guard left a step's update out it has ``passed_over``, and grad_norm is None.
         """
 
     def after_save(self, step: int, path: Path) -> None:
@@ -90,12 +92,15 @@ def fit(
     current_batch: CurrentBatch | None = None,
     start_step: int = 0,
     loss_state: LossState | None = None,
+    guard: LossGuard | None = None,
+    rewind: Callable[[], tuple[int, LossState]] | None = None,
     heartbeat: Heartbeat | None = None,
     completed: Callable[[bool], Sequence[tuple[int, Path]]] | None = None,
 ) -> dict[str, Any]:
-    """Train from ``start_step`` to ``config.train_steps``.
+    """Train from ``start_step`` to the end of the budget, ``config.train_steps`` full batches.
 
-    Sample k of the run is in step ``k // global_batch_size`` whatever the layout and micro-batch size are.
+    Sample k of the run is in step ``k // global_batch_size``, or where ``batch_sizes`` has it while batches grow,
+    whatever the layout and micro-batch size are.
 
     Args:
         model_chunks: what ``build_model`` returned, with a checkpoint loaded into it if ``start_step`` is not 0.
@@ -115,6 +120,10 @@ def fit(
         current_batch: tells hooks of observers which micro-batch is running.
         start_step: optimizer steps already done.
         loss_state: the loss sums that were saved with ``start_step``.
+        guard: judges the loss and gradient of every step before the weights move; none: a loss or gradient that is not
+            a finite number stops the run.
+        rewind: puts weights, optimizer, schedule and observers back to the last checkpoint, for the guard; returns its
+            step and loss sums.
         heartbeat: told where this process is.
         completed: for saves that go on while training does: steps and paths of those that were completed since the
             last call, the same on every process; with True it waits for all that are under way. ``save`` then returns
@@ -125,10 +134,11 @@ def fit(
 
     Raises:
         ConfigError: the global batch cannot be divided over data-parallel ranks and micro-batches.
-        XAlignError: loss or gradient norm is not a finite number.
+        XAlignError: loss or gradient norm is not a finite number, or the guard stops the run.
         StoppedEarly: a signal or the time limit asked for it; the state after the last step is saved.
     """
-    num_microbatches = _num_microbatches(config, ranks)
+    sizes = batch_sizes(config)
+    check_batches(config, ranks)
     current_batch = current_batch or CurrentBatch()
     losses = LossSums(languages, source_names, ranks, parallel_sources)
     if loss_state is not None:
@@ -141,11 +151,11 @@ def fit(
         for observer in observers:
             stack.callback(observer.close)
         stop = stack.enter_context(StopRequest(ranks, config.exit_duration_minutes))
-        bar = stack.enter_context(progress_bar(config.train_steps, "training", " steps", initial=start_step))
+        bar = stack.enter_context(progress_bar(sizes.num_steps, "training", " steps", initial=start_step))
         for chunk in model_chunks:
             chunk.train()
         interval_start, compute_seconds, interval_tokens = time.monotonic(), 0.0, 0
-        for step in range(start_step, config.train_steps):
+        for step in range(start_step, sizes.num_steps):
             for observer in observers:
                 with _named(observer, "before_step", step, at):
                     observer.before_step(step)
@@ -153,25 +163,44 @@ def fit(
             at(step, "reading samples")
             batches = [
                 get_batch(sample_numbers(step, microbatch, config, ranks)).to(ranks.device)
-                for microbatch in range(num_microbatches)
+                for microbatch in range(_num_microbatches(step, config, ranks))
             ]
-            step_tokens = config.global_batch_size * batches[0].tokens.shape[1]
+            seq_length = batches[0].tokens.shape[1]
+            step_tokens = sizes.size_of(step) * seq_length
+            units = sizes.schedule_units(step + 1) - sizes.schedule_units(step)
             for chunk in model_chunks:
                 chunk.zero_grad_buffer()
             optimizer.zero_grad()
+            before = losses.copy() if guard is not None else None
             at(step, "in forward and backward passes")
-            forward_backward(model_chunks, batches, current_batch, losses.add)
-            at(step, "moving the weights")
-            with _at_step(step + 1):
-                grad_norm, lr = optimizer.step()
+            forward_backward(model_chunks, batches, current_batch, losses.add, ranks)
             done = step + 1
+            at(step, "moving the weights")
+            verdict: Verdict = "go"
+            if guard is not None and before is not None:
+                verdict = guard.judge(done, losses.mean_since(before), model_chunks)
+            grad_norm: float | None = None
+            if verdict == "go":
+                with _at_step(done):
+                    grad_norm, lr = optimizer.step(units)
+            else:
+                assert before is not None
+                losses.put_back(before)
+                lr = optimizer.pass_over(units)
+            if verdict == "rewind":
+                lr = _go_back(done, rewind, optimizer, losses, sizes, metrics_path, ranks)
             compute_seconds += time.monotonic() - step_start
             interval_tokens += step_tokens
+            consumed_tokens = sizes.samples_before(done) * seq_length
             metrics: dict[str, Any] = {
-                "step": done, "consumed_tokens": done * step_tokens, "grad_norm": grad_norm, "lr": lr
+                "step": done, "consumed_tokens": consumed_tokens, "grad_norm": grad_norm, "lr": lr
             }
-            if done % config.log_interval_steps == 0 or done == config.train_steps:
-                means = losses.take()
+            if verdict != "go":
+                metrics["passed_over"] = True
+            logged = done % config.log_interval_steps == 0 or done == sizes.num_steps
+            means = losses.take() if logged else {}
+            # Where every step of the interval was passed over there is no loss to write down.
+            if means.get("loss_by_source"):
                 if not math.isfinite(means["loss"]):
                     raise XAlignError(
                         f"step {done}: the loss is {means['loss']}; use a lower optimizer.lr and go on from the last "
@@ -179,19 +208,19 @@ def fit(
                     )
                 seconds = time.monotonic() - interval_start
                 line = metrics = {
-                    "step": done, "consumed_tokens": done * step_tokens, **means, "grad_norm": grad_norm, "lr": lr,
+                    **metrics, **means, **({} if guard is None else guard.counts()),
                     **({} if optimizer.loss_scale is None else {"loss_scale": optimizer.loss_scale}),
                     **speed_of(
                         interval_tokens / max(compute_seconds, 1e-9), flops_per_token, ranks.world_size, ranks.device
                     ),
                     "seconds": seconds,
-                    "seconds_left": (config.train_steps - done) * seconds * step_tokens / interval_tokens,
+                    "seconds_left": (sizes.num_samples * seq_length - consumed_tokens) * seconds / interval_tokens,
                 }
                 if ranks.rank == 0:
                     append_metrics(metrics_path, line)
                 # In a terminal the bar says it.
                 log.log(
-                    logging.DEBUG if sys.stderr.isatty() else logging.INFO, "%s", readable(line, config.train_steps)
+                    logging.DEBUG if sys.stderr.isatty() else logging.INFO, "%s", readable(line, sizes.num_steps)
                 )
                 speed = f"{line['tokens_per_second']:,.0f} tokens/s"
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed}", refresh=False)
@@ -200,26 +229,45 @@ def fit(
                 with _named(observer, "after_step", done, at):
                     observer.after_step(done, metrics)
             at(done, "ending the step")
-            reason = stop.agreed() if done < config.train_steps else None
-            if done % config.save_interval_steps == 0 or done == config.train_steps or reason:
+            reason = stop.agreed() if done < sizes.num_steps else None
+            # What went back must not go back again after a restart, over data that it has passed.
+            if done % config.save_interval_steps == 0 or done == sizes.num_steps or reason or verdict == "rewind":
                 loss_sums = losses.state()
-                stateful = [observer for observer in observers if isinstance(observer, StatefulObserver)]
+                watching = observers if guard is None else [*observers, guard]
+                stateful = [observer for observer in watching if isinstance(observer, StatefulObserver)]
                 states = {observer.name: observer.state() for observer in stateful}
                 at(done, "saving", False)
                 path = save(done, loss_sums, states)
                 # A resumed run goes on from the rounded sums of the checkpoint; so does this one, to the same last bit.
                 losses.restore(loss_sums)
-                for observer in stateful:
-                    observer.restore(states[observer.name])
+                for keeper in stateful:
+                    keeper.restore(states[keeper.name])
                 if completed is None:
                     _saved(observers, done, path, at)
             if completed is not None:
-                for saved, place in completed(bool(reason) or done == config.train_steps):
+                for saved, place in completed(bool(reason) or done == sizes.num_steps):
                     _saved(observers, saved, place, at)
             bar.update(1)
             if reason:
-                raise StoppedEarly(f"stopped after step {done} of {config.train_steps} because {reason}; saved {path}.")
+                raise StoppedEarly(f"stopped after step {done} of {sizes.num_steps} because {reason}; saved {path}.")
     return line
+
+
+def _go_back(
+    done: int, rewind: Callable[[], tuple[int, LossState]] | None, optimizer: Optimizer, losses: LossSums,
+    sizes: BatchSizes, metrics_path: Path, ranks: Ranks,
+) -> float:
+    """Take the state of the last checkpoint and go on with the data after step ``done``; the learning rate there."""
+    if rewind is None:
+        raise XAlignError(f"step {done}: there is no way back; use the policy skip or stop.")
+    with _at_step(done):
+        saved, loss_sums = rewind()
+    losses.restore(loss_sums)
+    if ranks.rank == 0:
+        truncate_metrics(metrics_path, saved)
+    log.warning("step %d: back to the weights of step %d; the data of steps %d to %d is left out.",
+                done, saved, saved + 1, done)
+    return optimizer.pass_over(sizes.schedule_units(done) - sizes.schedule_units(saved))
 
 
 def _saved(observers: Sequence[Observer], step: int, path: Path, at: Callable[..., None]) -> None:
@@ -238,27 +286,41 @@ def sample_numbers(step: int, microbatch: int, config: TrainingConfig, ranks: Ra
     A data-parallel rank has a contiguous part of the global batch. The blend spreads every source evenly over the
     batch, so each part has the mixture of the whole, on any number of ranks.
     """
-    part = config.global_batch_size // ranks.data_size
-    first = step * config.global_batch_size + ranks.data_rank * part + microbatch * config.micro_batch_size
+    sizes = batch_sizes(config)
+    part = sizes.size_of(step) // ranks.data_size
+    first = sizes.samples_before(step) + ranks.data_rank * part + microbatch * config.micro_batch_size
     return list(range(first, first + config.micro_batch_size))
 
 
 def micro_batches(start_step: int, config: TrainingConfig, ranks: Ranks) -> Iterator[list[int]]:
     """The sample numbers of every micro-batch of this rank, from ``start_step`` to the end of the run."""
-    for step in range(start_step, config.train_steps):
-        for microbatch in range(_num_microbatches(config, ranks)):
+    for step in range(start_step, batch_sizes(config).num_steps):
+        for microbatch in range(_num_microbatches(step, config, ranks)):
             yield sample_numbers(step, microbatch, config, ranks)
 
 
-def _num_microbatches(config: TrainingConfig, ranks: Ranks) -> int:
-    at_once = config.micro_batch_size * ranks.data_size
-    if config.global_batch_size % at_once:
-        raise ConfigError(
-            f"training.global_batch_size={config.global_batch_size} is not divisible by training.micro_batch_size="
-            f"{config.micro_batch_size} times {ranks.data_size} data-parallel ranks; use a multiple of {at_once}, or a "
-            "smaller micro-batch."
-        )
-    return config.global_batch_size // at_once
+def _num_microbatches(step: int, config: TrainingConfig, ranks: Ranks) -> int:
+    return batch_sizes(config).size_of(step) // (config.micro_batch_size * ranks.data_size)
+
+
+def check_batches(config: TrainingConfig, ranks: Ranks) -> None:
+    """Refuse batches that this layout cannot cut into micro-batches.
+
+    Raises:
+        ConfigError: a step cannot be divided over data-parallel ranks and micro-batches, or an interleaved pipeline has
+            no multiple of its stages of them.
+    """
+    sizes = batch_sizes(config)
+    sizes.check(config.micro_batch_size, ranks.data_size)
+    for size in sizes.all_sizes():
+        num_microbatches = size // (config.micro_batch_size * ranks.data_size)
+        if ranks.virtual_size > 1 and num_microbatches % ranks.pipeline_size:
+            raise ConfigError(
+                f"an interleaved pipeline of {ranks.pipeline_size} stages takes a multiple of {ranks.pipeline_size} "
+                f"micro-batches, not {num_microbatches} (training.global_batch_size={size} / "
+                f"training.micro_batch_size={config.micro_batch_size} / {ranks.data_size} data-parallel ranks); change "
+                "one of them, or leave out parallel.virtual_pipeline_model_parallel_size."
+            )
 
 
 @contextmanager

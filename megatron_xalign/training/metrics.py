@@ -54,9 +54,24 @@ class LossSums:
         self._sums.index_add_(1, source + self._sources_at + 1, rows)
         self._sums.index_add_(1, source + self._content_at + 1, rows * (language >= 0))
 
+    def copy(self) -> torch.Tensor:
+        """The sums of this process as they are now, for ``mean_since`` and ``put_back``."""
+        return self._sums.clone()
+
+    def mean_since(self, before: torch.Tensor) -> float:
+        """Mean loss of the tokens added since a copy was made, over all tokens of the job, on every process."""
+        added = self.ranks.sum_over(self._sums[:2, 0] - before[:2, 0], "data_context")
+        loss, tokens = self.ranks.broadcast_over(added, "pipeline", self.ranks.pipeline_size - 1).tolist()
+        # Not where the number of tokens is NaN: that is a loss to be judged.
+        return 0.0 if tokens == 0 else loss / tokens
+
+    def put_back(self, before: torch.Tensor) -> None:
+        """Forget what was added since a copy was made."""
+        self._sums.copy_(before)
+
     def state(self) -> list[list[float]]:
-        """The sums over all data-parallel ranks, the same on every process, for a checkpoint."""
-        sums = self.ranks.sum_over(self._sums, "data")
+        """The sums over all ranks that hold other tokens, the same on every process, for a checkpoint."""
+        sums = self.ranks.sum_over(self._sums, "data_context")
         state: list[list[float]] = self.ranks.broadcast_over(sums, "pipeline", self.ranks.pipeline_size - 1).tolist()
         return state
 
@@ -69,11 +84,11 @@ class LossSums:
         sums = torch.tensor(state, dtype=self._sums.dtype, device=self._sums.device)
         if sums.shape != self._sums.shape:
             raise ValueError(f"loss sums of shape {list(sums.shape)}; this run has {list(self._sums.shape)}.")
-        # They are already summed over data-parallel ranks: one of those holds them.
-        self._sums.copy_(sums if self.ranks.data_rank == 0 else torch.zeros_like(sums))
+        # They are already summed over data- and context-parallel ranks: one of those holds them.
+        self._sums.copy_(sums if self.ranks.data_context_rank == 0 else torch.zeros_like(sums))
 
     def take(self) -> dict[str, Any]:
-        """Means since the last call, over all data-parallel ranks, on every process; start again from zero.
+        """Means since the last call, over all tokens of the job, on every process; start again from zero.
 
         Returns:
             ``loss``, ``loss_by_language`` and ``loss_by_source`` in nats per token; a language or source without a
@@ -81,7 +96,7 @@ class LossSums:
             since the start of the run. ``parallel_fraction``: share of content tokens (those with a language) so far
             that came from ``parallel_sources``.
         """
-        sums = self.ranks.sum_over(self._sums, "data")
+        sums = self.ranks.sum_over(self._sums, "data_context")
         loss, tokens, so_far = self.ranks.broadcast_over(sums, "pipeline", self.ranks.pipeline_size - 1).tolist()
         self._sums[:2].zero_()
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_xalign.config import ModelConfig, ParallelConfig, ParamsDtype
+from megatron_xalign.config import ModelConfig, ParallelConfig, ParamsDtype, TrainingConfig
 from megatron_xalign.errors import ConfigError
 from megatron_xalign.topology import Ranks
 from megatron_xalign.training import precision
@@ -18,8 +18,10 @@ from megatron_xalign.training.backends import PLAIN, Choice, attention_class, fi
 from megatron_xalign.training.fp8_linear import enable_fp8
 from megatron_xalign.training.initial_weights import initialize
 from megatron_xalign.training.layers import CausalAttention, Norm
+from megatron_xalign.training.positions import place_tokens
+from megatron_xalign.training.z_loss import add_z_loss
 
-Recompute = Literal["none", "full"]
+Recompute = Literal["none", "selective", "full"]
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +41,11 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_size: int) -> i
 def transformer_config(
     config: ModelConfig, parallel: ParallelConfig, params_dtype: ParamsDtype, recompute: Recompute,
     choice: Choice = PLAIN,
+    training: TrainingConfig | None = None,
 ) -> Any:
     """Megatron's ``TransformerConfig`` for a model of ours.
+
+    ``training`` says how ``recompute`` is done, in its ``recompute_*`` settings; the defaults if left out.
 
     Raises:
         ConfigError: the installed Megatron-Core has no field for something the model needs.
@@ -68,6 +73,8 @@ def transformer_config(
         "hidden_dropout": 0.0,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -88,11 +95,14 @@ def transformer_config(
         # Only waits for the device, for versions of torch long past.
         "batch_p2p_sync": False,
     }
+    if parallel.virtual_size > 1:
+        # In one batch of messages both directions of a pipeline of two stages would be mixed up: they go between the
+        # same two processes. Megatron-LM sets the same for interleaved schedules.
+        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    settings |= _recompute_settings(config, parallel, recompute, training or TrainingConfig())
     if choice.layers == "te":
         # Our own FP8 is no setting of Megatron's.
         settings |= precision.megatron_settings(choice.fp8)
-    if recompute == "full":
-        settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     known = {item.name for item in dataclasses.fields(TransformerConfig)}
     unknown = sorted(set(settings) - known)
     if unknown:
@@ -103,6 +113,29 @@ def transformer_config(
             "are supported."
         )
     return TransformerConfig(**settings)
+
+
+def _recompute_settings(
+    config: ModelConfig, parallel: ParallelConfig, recompute: Recompute, training: TrainingConfig
+) -> dict[str, Any]:
+    if recompute == "none":
+        return {}
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(training.recompute_modules)}
+    block_layers = config.num_layers // (parallel.pipeline_model_parallel_size * parallel.virtual_size)
+    if training.recompute_num_layers > block_layers or (
+        training.recompute_method == "uniform" and block_layers % training.recompute_num_layers
+    ):
+        raise ConfigError(
+            f"training.recompute_num_layers={training.recompute_num_layers} with recompute_method="
+            f"{training.recompute_method} does not go into blocks of {block_layers} layers (model.num_layers over "
+            "pipeline stages and their virtual stages); use "
+            + ("a divisor of it." if training.recompute_method == "uniform" else f"{block_layers} or less.")
+        )
+    return {
+        "recompute_granularity": "full", "recompute_method": training.recompute_method,
+        "recompute_num_layers": training.recompute_num_layers,
+    }
 
 
 def build_model(
@@ -116,6 +149,9 @@ def build_model(
     ranks: Ranks,
     seed: int,
     vocab_size: int | None = None,
+    reset_position_ids: bool = False,
+    reset_attention_mask: bool = False,
+    training: TrainingConfig | None = None,
     choice: Choice = PLAIN,
 ) -> list[Any]:
     """Build this rank's part of the model, with initial weights, wrapped for data-parallel training.
@@ -126,19 +162,23 @@ def build_model(
         seq_length: S, tokens of a training sample.
         parallel: the layout; must be the one ``ranks`` was made from.
         params_dtype: type of weights and activations; main weights and gradients are float32 either way.
-        recompute: ``full`` recomputes every layer's forward in the backward pass.
+        recompute: what is computed again in the backward pass: nothing, parts of every layer, or whole layers.
         ranks: this process's place, from ``topology.start``.
         seed: seed of the initial weights, which depend on it and on parameter names alone.
         vocab_size: ids of the tokenizer; rows from here on are padding and get no probability, so that losses do not
             depend on how far the tensor-parallel size pads. None: every row is a token.
+        reset_position_ids: rotary positions are those of the batch, which start again at every document; else they
+            count the tokens of a sample.
+        reset_attention_mask: tokens attend to tokens with their document id only.
+        training: how recomputation is done and the weight of the z-loss; the defaults if left out.
         choice: whose kernels compute, and whether in FP8, as ``backends.choose`` found.
 
     Returns:
-        Model chunks of this pipeline stage (one), each Megatron's ``DistributedDataParallel`` around, for bf16, its
-        ``Float16Module`` around its ``GPTModel``.
+        Model chunks of this pipeline stage, one for each of its blocks of layers in their order: Megatron's
+        ``DistributedDataParallel`` around, for bf16, its ``Float16Module`` around its ``GPTModel``.
 
     Raises:
-        ConfigError: the model does not fit the layout or the installed Megatron-Core.
+        ConfigError: the model or its recomputation does not fit the layout or the installed Megatron-Core.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt import GPTModel
@@ -150,44 +190,61 @@ def build_model(
             f"a vocabulary of {padded_vocab_size} rows cannot be divided over tensor_model_parallel_size="
             f"{ranks.tensor_size}; pad it with model.make_vocab_size_divisible_by."
         )
-    megatron_config = transformer_config(config, parallel, params_dtype, recompute, choice)
-    model = GPTModel(
-        config=megatron_config,
-        transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=[_layer_spec(config, choice)] * get_num_layers_to_build(megatron_config),
-            layer_norm=final_norm(config, choice, Norm),
-        ),
-        vocab_size=padded_vocab_size,
-        max_sequence_length=seq_length,
-        pre_process=ranks.is_first_stage,
-        post_process=ranks.is_last_stage,
-        share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
-        position_embedding_type="rope",
-        rotary_base=config.rotary_base,
-        rope_scaling=config.rope_scaling_factor is not None,
-        rope_scaling_factor=config.rope_scaling_factor or 1.0,
+    if choice.attention != "sdpa" and (reset_attention_mask or ranks.context_size > 1):
+        raise ConfigError(
+            f"backend.attention={choice.attention} knows neither data.reset_attention_mask nor "
+            "parallel.context_parallel_size above 1; use backend.attention=sdpa."
+        )
+    megatron_config = transformer_config(config, parallel, params_dtype, recompute, choice, training)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.use_distributed_optimizer,
+        **precision.data_parallel_settings(choice.fp8 if choice.layers == "te" else None),
     )
-    initialize(
-        model, seed, config.init_method_std, config.num_layers, not config.untie_embeddings_and_output_weights, ranks
-    )
-    if vocab_size is not None and ranks.is_last_stage:
-        _mask_padding(model, vocab_size, ranks)
-    if choice.fp8 is not None and choice.layers == "local":
-        enable_fp8(model, choice.fp8, config.num_layers)
-    model.to(ranks.device)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    log.debug("process %d holds %d parameters.", ranks.rank, num_parameters)
-    if params_dtype != "fp32":
-        model = Float16Module(megatron_config, model)
-    wrapped = DistributedDataParallel(
-        config=megatron_config,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.use_distributed_optimizer,
-            **precision.data_parallel_settings(choice.fp8 if choice.layers == "te" else None),
-        ),
-        module=model,
-    )
-    return [wrapped]
+    chunks = []
+    for virtual in range(ranks.virtual_size):
+        stage = virtual if ranks.virtual_size > 1 else None
+        is_first, is_last = ranks.holds_embedding(virtual), ranks.holds_output(virtual)
+        model = GPTModel(
+            config=megatron_config,
+            transformer_layer_spec=TransformerBlockSubmodules(
+                layer_specs=[_layer_spec(config, choice)] * get_num_layers_to_build(megatron_config, stage),
+                layer_norm=final_norm(config, choice, Norm),
+            ),
+            vocab_size=padded_vocab_size,
+            max_sequence_length=seq_length,
+            pre_process=is_first,
+            post_process=is_last,
+            share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=config.rotary_base,
+            rope_scaling=config.rope_scaling_factor is not None,
+            rope_scaling_factor=config.rope_scaling_factor or 1.0,
+            vp_stage=stage,
+        )
+        tied = not config.untie_embeddings_and_output_weights
+        initialize(model, seed, config.init_method_std, config.num_layers, tied, ranks)
+        if vocab_size is not None and is_last:
+            _mask_padding(model, vocab_size, ranks)
+        if is_last and training is not None and training.z_loss_coefficient:
+            add_z_loss(model, training.z_loss_coefficient, ranks)
+        if choice.fp8 is not None and choice.layers == "local":
+            enable_fp8(model, choice.fp8, config.num_layers)
+        place_tokens(model, ranks, reset_position_ids=reset_position_ids, reset_attention_mask=reset_attention_mask)
+        model.to(ranks.device)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        log.debug("process %d holds %d parameters.", ranks.rank, num_parameters)
+        if params_dtype != "fp32":
+            model = Float16Module(megatron_config, model)
+        chunks.append(
+            DistributedDataParallel(
+                config=megatron_config,
+                ddp_config=ddp_config,
+                module=model,
+                # As in Megatron: only the first chunk has gradients to send while others are still computed.
+                disable_bucketing=virtual > 0,
+            )
+        )
+    return chunks
 
 
 def _mask_padding(model: Any, vocab_size: int, ranks: Ranks) -> None:

@@ -41,13 +41,22 @@ class Optimizer:
         """Drop what the optimizer holds of the last step's gradients."""
         self.megatron.zero_grad()
 
+    def pass_over(self, schedule_units: int = 1) -> float:
+        """Leave the weights as they are and move the learning rate on; returns what it was."""
+        lr = self.lr
+        self.scheduler.step(increment=schedule_units)
+        return lr
+
     @property
     def loss_scale(self) -> float | None:
         """What the loss of the next step is multiplied by; None where it is not scaled."""
         return None if self.fp16 is None else float(self.megatron.get_loss_scale())
 
-    def step(self) -> tuple[float | None, float]:
+    def step(self, schedule_units: int = 1) -> tuple[float | None, float]:
         """Move the weights by the gradients now in Megatron's buffers, then move the learning rate.
+
+        Args:
+            schedule_units: what the schedule counts for this step; see ``batch_sizes.BatchSizes.schedule_units``.
 
         Returns:
             Norm of the gradient of the whole model before clipping, and the learning rate used. The norm is None where
@@ -79,7 +88,7 @@ class Optimizer:
                 "lower optimizer.lr, more optimizer.lr_warmup_steps or a smaller optimizer.clip_grad, and go on from "
                 "the last checkpoint."
             )
-        self.scheduler.step(increment=1)
+        self.scheduler.step(increment=schedule_units)
         return grad_norm, lr
 
 
@@ -90,6 +99,7 @@ def build_optimizer(
     parallel: ParallelConfig,
     params_dtype: ParamsDtype,
     train_steps: int,
+    schedule_unit: int = 1,
     fp16: Fp16Config | None = None,
     choice: Choice | None = None,
 ) -> Optimizer:
@@ -103,6 +113,8 @@ def build_optimizer(
         parallel: whether optimizer state is sharded over data-parallel ranks.
         params_dtype: type of the model's weights; with ``bf16`` and ``fp16`` the optimizer keeps float32 main weights.
         train_steps: optimizer steps of the whole run; the learning rate ends there.
+        schedule_unit: what the schedule counts for one of them; the samples of a full batch where batches grow, so that
+            the learning rate is a function of the samples consumed.
         fp16: how the loss is scaled with ``fp16``; the defaults if left out.
         choice: whose kernel, as ``backends.choose`` found; left out, the one Megatron takes: Transformer Engine's or
             apex's where installed, else torch's.
@@ -160,14 +172,14 @@ def build_optimizer(
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.min_lr,
-        lr_warmup_steps=config.lr_warmup_steps,
-        lr_decay_steps=train_steps,
+        lr_warmup_steps=config.lr_warmup_steps * schedule_unit,
+        lr_decay_steps=train_steps * schedule_unit,
         lr_decay_style=config.lr_decay_style,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
-        wd_incr_steps=train_steps,
+        wd_incr_steps=train_steps * schedule_unit,
         wd_incr_style="constant",
-        wsd_decay_steps=config.lr_wsd_decay_steps or None,
+        wsd_decay_steps=config.lr_wsd_decay_steps * schedule_unit or None,
         lr_wsd_decay_style=config.lr_wsd_decay_style,
     )
     return Optimizer(megatron=megatron, scheduler=scheduler, clip_grad=config.clip_grad, fp16=scaled)

@@ -63,6 +63,14 @@ class Saver:
         completed, self._completed = self._completed, []
         return completed
 
+    def wait(self) -> None:
+        """Wait until what is begun is a checkpoint.
+
+        Raises:
+            CheckpointError: a process could not write its part.
+        """
+        self._complete()
+
     def _is_written_everywhere(self) -> bool:
         assert self._unfinished is not None
         waits = torch.tensor([not self._unfinished.is_written()], dtype=torch.int32, device=self._ranks.device)

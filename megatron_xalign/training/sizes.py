@@ -88,16 +88,17 @@ def memory_by_stage(
     """What a process of each pipeline stage holds while it trains.
 
     Weights in ``params_dtype``, gradients in float32, AdamW's two moments and, unless weights are, main weights in
-    float32; the distributed optimizer divides these three among data-parallel ranks. Activations: the tensors that
-    the backward pass of each layer reads, for as many micro-batches as are under way on that stage in Megatron's 1F1B
-    schedule; with full recompute each layer's input only, and one layer's tensors while it is recomputed; on the last
-    stage logits in float32 and their gradient. Fragmentation, communication buffers and the libraries themselves come
-    on top.
+    float32; the distributed optimizer divides these three. Activations: the tensors that the backward pass of each
+    layer reads, for as many micro-batches as are under way on that stage in Megatron's 1F1B schedule, plain or
+    interleaved; with full recompute each layer's input only, and one layer's tensors while it is recomputed; on the
+    last stage logits in float32 and their gradient. Of every sequence a context-parallel rank keeps its part, and one
+    layer's keys and values of the whole. Fragmentation, communication buffers and the libraries themselves come on top.
     """
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     width = 4 if params_dtype == "fp32" else 2
-    sharded = data_size if parallel.use_distributed_optimizer else 1
-    tokens = seq_length * micro_batch_size
+    context = parallel.context_parallel_size
+    sharded = data_size * context if parallel.use_distributed_optimizer else 1
+    tokens = seq_length * micro_batch_size / context
     # What sequence parallelism divides, and what tensor parallelism alone divides.
     along = tensor if parallel.sequence_parallel else 1
     head = model.head_size
@@ -110,11 +111,13 @@ def memory_by_stage(
     found = []
     for stage in range(stages):
         parameters = stage_parameters(model, parallel, padded_vocab_size, stage)
-        under_way = min(stages - stage, num_microbatches)
+        under_way = _under_way(stages, stage, parallel.virtual_size, num_microbatches)
         if recompute == "full":
             per_token = stage_layers * kept_input * under_way + inside + outside
         else:
             per_token = stage_layers * (inside + outside) * under_way
+        if context > 1:
+            per_token += context * 2 * key / tensor * width
         if stage == stages - 1:
             per_token += 2 * 4 * padded_vocab_size / tensor
         found.append(
@@ -128,3 +131,11 @@ def memory_by_stage(
             )
         )
     return found
+
+
+def _under_way(stages: int, stage: int, virtual: int, num_microbatches: int) -> float:
+    """Micro-batches whose activations a stage keeps at once, each counted for all of the stage's layers."""
+    if virtual == 1:
+        return min(stages - stage, num_microbatches)
+    blocks = min(2 * (stages - stage - 1) + (virtual - 1) * stages + 1, num_microbatches * virtual)
+    return blocks / virtual

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_xalign.batch import Batch
+from megatron_xalign.batch_sizes import batch_sizes
 from megatron_xalign.config import TrainingConfig
 from megatron_xalign.progress import progress_bar
 from megatron_xalign.topology import Ranks
@@ -55,7 +56,8 @@ class ValidationObserver:
     ) -> None:
         self._samples = samples
         self._config = config
-        self._step_tokens = config.global_batch_size * seq_length
+        self._sizes = batch_sizes(config)
+        self._seq_length = seq_length
         self._ranks = ranks
         self._forward_only = forward_only
         self._sums = LossSums(languages, source_names, ranks)
@@ -70,7 +72,7 @@ class ValidationObserver:
 
     def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Measure at every interval and at the last step."""
-        if step % self._config.eval_interval_steps == 0 or step == self._config.train_steps:
+        if step % self._config.eval_interval_steps == 0 or step == self._sizes.num_steps:
             self._measure(step)
 
     def after_save(self, step: int, path: Path) -> None:
@@ -82,11 +84,13 @@ class ValidationObserver:
     def _measure(self, step: int) -> None:
         with progress_bar(len(self._samples), f"validation at step {step}", " samples") as bar:
             for batch in self._batches():
-                if (of_batch := self._forward_only([batch])) is not None:
+                of_batch = self._forward_only([batch])
+                # Context-parallel ranks all get the losses of whole sequences; one of them counts.
+                if of_batch is not None and self._ranks.context_rank == 0:
                     self._sums.add(batch.to(self._ranks.device), of_batch[0])
                 bar.update(batch.tokens.shape[0] * self._ranks.data_size)
         losses = {name: value for name, value in self._sums.take().items() if name.startswith("loss")}
-        line = {"step": step, "consumed_tokens": step * self._step_tokens, **losses}
+        line = {"step": step, "consumed_tokens": self._sizes.samples_before(step) * self._seq_length, **losses}
         if self._ranks.rank == 0:
             append_metrics(self._path, line)
         log.info("step %d: validation loss %.4f", step, line["loss"])

@@ -1,5 +1,9 @@
 """One function per job, readable as a paragraph; the only place where rooms meet."""
 
+from megatron_xalign.workflows.ablation import (
+    AblateOptions,
+    ablate,
+)
 from megatron_xalign.workflows.capturing import (
     capture,
     describe_capture,
@@ -54,7 +58,9 @@ from megatron_xalign.workflows.training import (
 
 __all__ = [
     "CHECK_FILE",
+    "AblateOptions",
     "SteerOptions",
+    "ablate",
     "analyze",
     "audit_blend",
     "capture",

@@ -50,13 +50,16 @@ def train(config: RunConfig) -> Path:
     """Train one model, or continue its training; return its run folder. Every process of the job calls it."""
     from megatron_xalign import launch, topology
     from megatron_xalign.batch import CurrentBatch
+    from megatron_xalign.batch_sizes import batch_sizes
     from megatron_xalign.capture.observer import NeuronObserver
     from megatron_xalign.data.blend import build_blend
     from megatron_xalign.data.evaluation import build_evaluation
     from megatron_xalign.data.tokenizer import Tokenizer
     from megatron_xalign.formats.token_file import check_same_tokenizer
     from megatron_xalign.training import backends, checkpoint, loop
+    from megatron_xalign.training.export import HfExporter
     from megatron_xalign.training.forward import build_forward_only
+    from megatron_xalign.training.guard import build_guard
     from megatron_xalign.training.heartbeat import Heartbeat
     from megatron_xalign.training.loading import batches_of
     from megatron_xalign.training.model import build_model, padded_vocab_size
@@ -73,11 +76,13 @@ def train(config: RunConfig) -> Path:
     fingerprint = blend.fingerprint()
     # With budget_rule=add the parallel text makes the run longer than asked.
     training = dataclasses.replace(config.training, train_steps=blend.train_steps)
+    sizes = batch_sizes(training)
     probe = _tokenized_probe(config.data, tokenizer) if config.capture else []
     held_out = build_evaluation(config) if training.eval_interval_steps else None
     # Before anything is built: what cannot run here is said now.
     choice = backends.choose(config, backends.look(int(os.environ.get("LOCAL_RANK", "0"))))
     with topology.start(config.parallel, config.seed) as ranks:
+        loop.check_batches(training, ranks)
         num_ids = _num_ids(config, tokenizer)
         vocab_size = padded_vocab_size(num_ids, config.model.make_vocab_size_divisible_by, ranks.tensor_size)
         run = RunFolder(Path(config.output_dir))
@@ -85,9 +90,10 @@ def train(config: RunConfig) -> Path:
             layout = {
                 "world_size": ranks.world_size, "tensor_size": ranks.tensor_size,
                 "pipeline_size": ranks.pipeline_size, "data_size": ranks.data_size,
+                "context_size": ranks.context_size, "virtual_size": ranks.virtual_size,
             }
             facts = {
-                "padded_vocab_size": vocab_size, "train_steps": blend.train_steps,
+                "padded_vocab_size": vocab_size, "train_steps": sizes.num_steps,
                 "unigram_entropy": blend.unigram_entropy(),
             }
             start_run(config, command_line(), layout, facts)
@@ -97,7 +103,8 @@ def train(config: RunConfig) -> Path:
         model_chunks = build_model(
             config.model, padded_vocab_size=vocab_size, seq_length=config.data.seq_length, parallel=config.parallel,
             params_dtype=config.params_dtype, recompute=config.training.recompute, ranks=ranks,
-            seed=config.seed, vocab_size=num_ids, choice=choice,
+            seed=config.seed, vocab_size=num_ids, reset_position_ids=config.data.reset_position_ids,
+            reset_attention_mask=config.data.reset_attention_mask, training=training, choice=choice,
         )
         newest = checkpoint.latest_checkpoint(run.checkpoints, ranks)
         if newest is None and config.training.load_weights is not None:
@@ -106,7 +113,7 @@ def train(config: RunConfig) -> Path:
             log.info("weights of %s.", config.training.load_weights)
         optimizer = build_optimizer(
             model_chunks, config.optimizer, parallel=config.parallel, params_dtype=config.params_dtype,
-            train_steps=blend.train_steps, fp16=config.fp16, choice=choice,
+            train_steps=blend.train_steps, schedule_unit=sizes.schedule_unit, fp16=config.fp16, choice=choice,
         )
         start_step, loss_state = 0, None
         if newest is not None:
@@ -141,11 +148,32 @@ def train(config: RunConfig) -> Path:
             observers.append(neurons)
 
         saver = Saver(run.checkpoints, training, ranks, model_chunks, optimizer.megatron, optimizer.scheduler)
+        guard = build_guard(training, ranks, check_gradients=config.fp16 is None)
+        if guard is not None and newest is not None:
+            kept = checkpoint.load_observer_state(newest, guard.name, lambda values: {}, ranks)
+            if kept is not None:
+                guard.restore(kept)
+
+        def rewind() -> tuple[int, loop.LossState]:
+            saver.wait()
+            last = checkpoint.latest_checkpoint(run.checkpoints, ranks)
+            if last is None:
+                raise ConfigError(
+                    "there is no checkpoint to go back to yet; use the policy skip, or a smaller "
+                    "training.save_interval_steps."
+                )
+            found = checkpoint.load_checkpoint(last, model_chunks, optimizer.megatron, optimizer.scheduler, ranks)
+            for observer in observers:
+                if isinstance(observer, NeuronObserver):
+                    state = checkpoint.load_observer_state(last, observer.name, observer.parts_of, ranks)
+                    if state is not None:
+                        observer.restore(state)
+            return found["step"], found["extra"]["loss_sums"]
 
         def save(step: int, loss_sums: loop.LossState, states: dict[str, topology.ObserverState]) -> Path:
             extra = {
                 "config": to_tree(config), "vocab_size": num_ids, "tokenizer_sha256": tokenizer.sha256,
-                "consumed_samples": step * config.training.global_batch_size, "loss_sums": loss_sums,
+                "consumed_samples": sizes.samples_before(step), "loss_sums": loss_sums,
                 "data": fingerprint,
             }
             return saver.save(step, extra, states)
@@ -153,6 +181,8 @@ def train(config: RunConfig) -> Path:
         if ranks.rank == 0:
             # First in the list, so the last to hear of a step: capture has added its scores by then.
             observers[:0] = build_trackers(config, run.path, start_step)
+            if training.hf_export_interval_steps:
+                observers.append(HfExporter(run, training.hf_export_interval_steps, blend.train_steps))
         heartbeat = Heartbeat(
             ranks, 0.8 * config.parallel.distributed_timeout_seconds, config.parallel.heartbeat_interval_seconds,
             launch.end_stuck_job,
@@ -167,7 +197,8 @@ def train(config: RunConfig) -> Path:
                 parallel_sources=[item.text.name for item in blend.plan.sources if item.text.origin == "parallel"],
                 flops_per_token=flops_per_token(config.model, vocab_size, config.data.seq_length),
                 observers=observers, current_batch=current_batch, start_step=start_step, loss_state=loss_state,
-                heartbeat=heartbeat, completed=saver.completed if training.async_save else None,
+                guard=guard, rewind=rewind, heartbeat=heartbeat,
+                completed=saver.completed if training.async_save else None,
             )
     return run.path
 
@@ -216,6 +247,7 @@ def is_trained(config: RunConfig) -> bool:
 def describe_run(config: RunConfig, processes: int | None) -> str:
     """What a training run would be: the resolved config, the model's size, memory by stage and the mixture table."""
     from megatron_xalign import terminal
+    from megatron_xalign.batch_sizes import batch_sizes
     from megatron_xalign.data.tokenizer import Tokenizer
     from megatron_xalign.training.model import padded_vocab_size
     from megatron_xalign.training.sizes import flops_per_token, memory_by_stage, num_parameters
@@ -241,8 +273,10 @@ def describe_run(config: RunConfig, processes: int | None) -> str:
         f"{to_yaml(config)}\n"
         f"{num_parameters(config.model, rows):,} parameters ({rows:,} rows of vocabulary, {num_ids:,} "
         f"used); {flops / 1e9:.3g} GFLOP for each token, {flops * config.train_tokens / 1e15:.3g} PFLOP in all\n"
-        f"{config.train_tokens:,} tokens in {training.train_steps:,} steps; "
-        f"TP{layout.tensor_model_parallel_size} PP{layout.pipeline_model_parallel_size} on "
+        f"{config.train_tokens:,} tokens in {batch_sizes(training).num_steps:,} steps; "
+        f"TP{layout.tensor_model_parallel_size} PP{layout.pipeline_model_parallel_size}"
+        + (f" in {layout.virtual_size} blocks each" if layout.virtual_size > 1 else "")
+        + f" CP{layout.context_parallel_size} on "
         f"{processes or 'as many as torchrun starts'} process(es), DP{data_size} assumed\n\n"
         f"{terminal.describe_memory(memory)}\n\n{table}"
     )

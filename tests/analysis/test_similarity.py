@@ -180,6 +180,13 @@ def test_fewer_sentences_than_features_correlate_perfectly_by_definition_and_not
         similarity.pwcca(acts_a, acts_b, mode="svcca")
 
 
+def test_split_refuses_a_half_that_never_changes() -> None:
+    acts_a, acts_b = related(29)
+    acts_b[::2] = 1.0
+    with pytest.raises(ValueError, match="every other sentence of acts_b_DH is the same for all 60"):
+        similarity.pwcca(acts_a, acts_b, mode="split")
+
+
 def test_split_has_no_chance_floor_where_the_other_modes_have_one() -> None:
     generator = np.random.default_rng(11)
     acts_a, acts_b = generator.normal(size=(2, 300, 30))

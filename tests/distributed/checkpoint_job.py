@@ -61,7 +61,9 @@ def get_batch(numbers: list[int]) -> Batch:
 class Run:
     """A run on the layout of its config: built, perhaps loaded, trained, saved."""
 
-    def __init__(self, folder: Path, ranks: topology.Ranks, config: RunConfig) -> None:
+    def __init__(
+        self, folder: Path, ranks: topology.Ranks, config: RunConfig, vocab_size: int | None = None
+    ) -> None:
         from megatron_xalign.training.model import build_model, padded_vocab_size
         from megatron_xalign.training.optimizer import build_optimizer
 
@@ -73,7 +75,7 @@ class Run:
             padded_vocab_size=padded_vocab_size(VOCAB, config.model.make_vocab_size_divisible_by, ranks.tensor_size),
             seq_length=LENGTH, parallel=config.parallel, params_dtype=dtype, recompute="none", ranks=ranks,
             # A resumed run starts from other weights, so that everything it has must come from the checkpoint.
-            seed=config.seed,
+            seed=config.seed, vocab_size=vocab_size,
         )
         self.optimizer = build_optimizer(
             self.chunks, config.optimizer, parallel=config.parallel, params_dtype=dtype, train_steps=STEPS
@@ -153,6 +155,24 @@ def _train(
             run.save(SAVED_AT)
             result[source] = {"metrics": run.fit(SAVED_AT), "weights": run.weights()}
     return result
+
+
+def continued(folder: str, checkpoints: dict[str, str], parallel: dict[str, Any]) -> dict[str, list[float]]:
+    """Losses of runs that start from imported weights."""
+    from megatron_xalign.formats.checkpoint_folder import read_manifest
+    from megatron_xalign.training.checkpoint import load_weights
+
+    losses = {}
+    base = configure(parallel)
+    with topology.start(base.parallel, seed=1) as ranks:
+        for name, checkpoint in checkpoints.items():
+            model = read_manifest(Path(checkpoint))["extra"]["config"]["model"]
+            # 203 ids in 208 rows: padding must have no probability, or the losses would differ.
+            config = configure(parallel, model | {"make_vocab_size_divisible_by": 104})
+            run = Run(Path(folder) / name, ranks, config, vocab_size=VOCAB)
+            load_weights(checkpoint, run.chunks, ranks)
+            losses[name] = [line["loss"] for line in run.fit(0)]
+    return losses
 
 
 def logits(checkpoints: list[str], out: str) -> None:

@@ -12,12 +12,15 @@ from processes import free_port, run_processes
 pytestmark = pytest.mark.distributed
 
 JOB = Path(__file__).with_name("topology_job.py")
-AXES = ("tensor", "pipeline", "data", "world")
+AXES = ("tensor", "pipeline", "data", "context", "data_context", "world")
 LAYOUTS = [
     {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
     {"tensor_model_parallel_size": 2},
     {"pipeline_model_parallel_size": 2},
     {},
+    {"context_parallel_size": 2},
+    {"tensor_model_parallel_size": 2, "context_parallel_size": 2},
+    {"pipeline_model_parallel_size": 2, "context_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
 ]
 
 
@@ -29,12 +32,18 @@ def four_processes() -> list[list[dict[str, Any]]]:
 
 
 def neighbours(layout: int, rank: int, axis: str) -> list[int]:
-    """Processes along an axis through ``rank``: tensor is innermost, then data, then pipeline (Megatron's order)."""
+    """Processes along an axis through ``rank``; from the innermost: tensor, context, data, pipeline, as Megatron's."""
     tensor = LAYOUTS[layout].get("tensor_model_parallel_size", 1)
     pipeline = LAYOUTS[layout].get("pipeline_model_parallel_size", 1)
-    data = 4 // (tensor * pipeline)
-    stride = {"tensor": 1, "data": tensor, "pipeline": tensor * data}.get(axis, 1)
-    size = {"tensor": tensor, "data": data, "pipeline": pipeline}.get(axis, 4)
+    context = LAYOUTS[layout].get("context_parallel_size", 1)
+    data = 4 // (tensor * pipeline * context)
+    stride = {
+        "tensor": 1, "context": tensor, "data": tensor * context, "data_context": tensor,
+        "pipeline": tensor * context * data,
+    }.get(axis, 1)
+    size = {
+        "tensor": tensor, "context": context, "data": data, "data_context": data * context, "pipeline": pipeline
+    }.get(axis, 4)
     first = rank - (rank // stride % size) * stride
     return [first + i * stride for i in range(size)]
 
@@ -49,7 +58,9 @@ def test_collectives_reach_the_processes_of_their_axis(
             assert seen["gather"][axis] == peers
             assert seen["sum"][axis] == [sum(peers), len(peers)]
             assert seen["broadcast"][axis] == peers[-1]
-            if axis != "world":
+            if axis == "data_context":
+                assert seen["data_context_rank"] == peers.index(rank)
+            elif axis != "world":
                 assert seen["ranks"][f"{axis}_size"] == len(peers)
                 assert seen["ranks"][f"{axis}_rank"] == peers.index(rank)
         assert seen["object"] == {"from": 3}

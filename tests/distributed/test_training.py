@@ -32,7 +32,7 @@ PROBE = [8, 20, 32]
 ONE_PROCESS = {
     "one": {"save_weights": True},
     "one probed": {"probe_lengths": PROBE},
-    "one tied": {"model": TIED},
+    "one tied": {"model": TIED, "save_weights": True},
     "one olmo": {"model": OLMO, "save_weights": True},
     "one qwen2": {"model": QWEN2, "save_weights": True},
     "one qwen3": {"model": QWEN3, "save_weights": True},
@@ -180,7 +180,7 @@ def test_forward_only_losses_do_not_depend_on_the_layout(runs: dict[str, list[di
                 np.testing.assert_allclose(losses, wanted, atol=2e-6)
 
 
-def hugging_face_model(weights: dict[str, np.ndarray], family: dict[str, Any]) -> Any:
+def hugging_face_model(weights: dict[str, np.ndarray], family: dict[str, Any], kind: str) -> Any:
     """Hugging Face's own class for a family, with the weights of a Megatron model on one process."""
     import transformers
 
@@ -192,23 +192,22 @@ def hugging_face_model(weights: dict[str, np.ndarray], family: dict[str, Any]) -
             "rope_type": "llama3", "factor": model["rope_scaling_factor"], "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
         }
+    tied = not model.get("untie_embeddings_and_output_weights", True)
     settings: dict[str, Any] = {
         "vocab_size": VOCAB, "hidden_size": model["hidden_size"], "intermediate_size": model["ffn_hidden_size"],
         "num_hidden_layers": model["num_layers"], "num_attention_heads": model["num_attention_heads"],
-        "num_key_value_heads": model["num_query_groups"], "tie_word_embeddings": False, "attn_implementation": "eager",
+        "num_key_value_heads": model["num_query_groups"], "tie_word_embeddings": tied, "attn_implementation": "eager",
         "rope_parameters": rope,
         # OlmoConfig's default padding token, 1, would get no gradient.
         "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
     }
-    kind = "Olmo" if "normalization" in family else "Llama"
-    kind = "Qwen3" if "qk_layernorm" in family else "Qwen2" if "add_qkv_bias" in family else kind
     if kind != "Olmo":
         settings |= {"rms_norm_eps": 1e-5, "head_dim": head}
     built = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**settings))
     groups, per_group = model["num_query_groups"], model["num_attention_heads"] // model["num_query_groups"]
     state = {
         "model.embed_tokens.weight": weights["embedding.word_embeddings.weight"],
-        "lm_head.weight": weights["output_layer.weight"],
+        "lm_head.weight": weights["embedding.word_embeddings.weight" if tied else "output_layer.weight"],
     }
     if kind != "Olmo":
         state["model.norm.weight"] = weights["decoder.final_layernorm.weight"]
@@ -241,14 +240,17 @@ def hugging_face_model(weights: dict[str, np.ndarray], family: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(
-    ("name", "family"),
-    [("one", {}), ("one olmo", OLMO), ("one qwen2", QWEN2), ("one qwen3", QWEN3), ("one llama3", LLAMA3)],
+    ("name", "family", "kind"),
+    [
+        ("one", {}, "Llama"), ("one", {}, "Mistral"), ("one tied", TIED, "Llama"), ("one olmo", OLMO, "Olmo"),
+        ("one qwen2", QWEN2, "Qwen2"), ("one qwen3", QWEN3, "Qwen3"), ("one llama3", LLAMA3, "Llama"),
+    ],
 )
 def test_plain_torch_training_of_the_hugging_face_model_gives_the_same_numbers(
-    runs: dict[str, list[dict[str, Any]]], folder: Path, name: str, family: dict[str, Any]
+    runs: dict[str, list[dict[str, Any]]], folder: Path, name: str, family: dict[str, Any], kind: str
 ) -> None:
     with np.load(folder / f"{name}.npz") as weights:
-        model = hugging_face_model(dict(weights), family)
+        model = hugging_face_model(dict(weights), family, kind)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(

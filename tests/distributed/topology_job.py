@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -24,10 +24,11 @@ def describe(layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _describe(parallel: ParallelConfig) -> dict[str, Any]:
     with topology.start(parallel, seed=3) as ranks:
         own = torch.tensor([float(ranks.rank), 1.0])
-        axes: tuple[topology.Axis, ...] = ("tensor", "pipeline", "data", "world")
+        axes: tuple[topology.Axis, ...] = get_args(topology.Axis)
         seen = {
             "ranks": {k: v for k, v in dataclasses.asdict(ranks).items() if k != "device"},
             "device": str(ranks.device), "first": ranks.is_first_stage, "last": ranks.is_last_stage,
+            "data_context_rank": ranks.data_context_rank,
             "sum": {axis: ranks.sum_over(own, axis).tolist() for axis in axes},
             "gather": {axis: [int(t[0]) for t in ranks.gather_over(own, axis)] for axis in axes},
             "broadcast": {

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from megatron_xalign import cli, workflows
 from megatron_xalign.convert.from_hf import from_hf
-from megatron_xalign.errors import ConfigError, CorpusError
+from megatron_xalign.errors import ConfigError, CorpusError, FormatError
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("eld")
@@ -165,3 +165,67 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(work: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             workflows.SteerOptions(**fine | changes)
+
+
+# --- neurons switched off --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stats(work: Path) -> Path:
+    return workflows.capture(work / "hf", work / "probe.jsonl", work / "captured")
+
+
+@pytest.mark.parametrize("find", ["lape", "average_precision"])
+def test_switching_neurons_off_is_zeroing_their_columns(work: Path, stats: Path, find: Any) -> None:
+    from megatron_xalign.analysis import neurons
+    from megatron_xalign.data.tokenizer import Tokenizer
+    from megatron_xalign.formats.neuron_stats import read_neuron_stats
+
+    options = workflows.AblateOptions(model=work / "hf", stats=stats, pairs=work / "probe.jsonl", find=find, count=9)
+    report = workflows.ablate(options, work / f"{find}.json")
+    read = read_neuron_stats(stats)
+    languages = report["languages"]
+    if find == "lape":
+        chosen_LF = neurons.lape(read.probe_gate_positive_KLF, read.probe_tokens_K).languages_of[1]
+    else:
+        flat = read.probe_neuron_mean_DLF.reshape(len(read.document_languages), -1)
+        scores = neurons.average_precision(flat, np.array(read.document_languages) == languages[1])
+        chosen_LF = np.isin(np.arange(96), neurons.top_neurons(scores, 9)).reshape(2, 48)
+    assert report["num_neurons"][languages[1]] == chosen_LF.sum()
+
+    def loss(model: Any, side: list[str]) -> float:
+        total, count = 0.0, 0
+        for ids in Tokenizer.load(work / "hf").encode(side):
+            tokens = torch.from_numpy(ids.astype(np.int64))
+            with torch.no_grad():
+                logits = model(tokens[None]).logits[0, :-1]
+            total += float(torch.nn.functional.cross_entropy(logits.double(), tokens[1:], reduction="sum"))
+            count += len(tokens) - 1
+        return total / count
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(work / "hf"), local_files_only=True).eval()
+    sides = {"eng_Latn": ENGLISH, "fin_Latn": FINNISH}
+    before = [loss(model, sides[language]) for language in languages]
+    for layer, own_F in zip(model.model.layers, chosen_LF, strict=True):
+        layer.mlp.down_proj.weight.data[:, torch.from_numpy(own_F)] = 0
+    after = [loss(model, sides[language]) for language in languages]
+    np.testing.assert_allclose(report["change"]["language"][1], np.subtract(after, before), atol=1e-5)
+    assert json.loads((work / f"{find}.json").read_text(encoding="utf-8")) == report
+
+
+def test_neurons_of_another_model_are_refused(work: Path, stats: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(str(work / "hf"), local_files_only=True)
+    config.intermediate_size = 40
+    transformers.LlamaForCausalLM(config).save_pretrained(str(work / "narrow"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (work / "narrow" / name).write_bytes((work / "hf" / name).read_bytes())
+    options = workflows.AblateOptions(model=work / "narrow", stats=stats, pairs=work / "probe.jsonl")
+    with pytest.raises(FormatError, match="2 layers of 48 neurons, and the model has 2 of 40"):
+        workflows.ablate(options, work / "bad.json")
+    greedy = workflows.AblateOptions(
+        model=work / "hf", stats=stats, pairs=work / "probe.jsonl", find="average_precision", count=90
+    )
+    with pytest.raises(ConfigError, match="smaller count"):
+        workflows.ablate(greedy, work / "bad.json")
+    assert not (work / "bad.json").exists()

@@ -80,13 +80,27 @@ def test_attention_is_a_softmax_over_earlier_positions(heads: int, groups: int) 
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_documents_apart_see_nothing_of_one_another() -> None:
+    """Each row like its documents one by one; the ids need not be in order, and -1 is a document like any other."""
+    torch.manual_seed(4)
+    document_ids = torch.tensor([[0, 0, 0, 1, 1, 2, -1], [3, 3, -1, -1, -1, -1, -1]], dtype=torch.int32)
+    query = torch.randn(7, 2, 4, 8, requires_grad=True)
+    key, value = torch.randn(2, 7, 2, 2, 8).unbind()
+    out = attention()(query, key, value, document_ids)
+    for row in range(2):
+        for document in document_ids[row].unique():
+            own = document_ids[row] == document
+            alone = attention()(query[own, row : row + 1], key[own, row : row + 1], value[own, row : row + 1])
+            torch.testing.assert_close(out[own, row : row + 1], alone, rtol=1e-5, atol=1e-6)
+
+
 def test_what_the_attention_would_not_honour_is_refused() -> None:
     tensors = [torch.zeros(2, 1, 1, 4)] * 3
+    with pytest.raises(ValueError, match="must be None or document ids"):
+        attention()(*tensors, attention_mask=torch.zeros(1, 1, 2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="must be None"):
-        attention()(*tensors, attention_mask=torch.zeros(1))
+        attention()(*tensors, packed_seq_params=object())
     with pytest.raises(ValueError, match="padding self-attention"):
         attention(attn_mask_type=Mask.padding)
-    with pytest.raises(ValueError, match="context_parallel_size=2"):
-        attention(config={"context_parallel_size": 2})
     with pytest.raises(ValueError, match=r"attention_dropout=0\.1"):
         attention(config={"attention_dropout": 0.1})

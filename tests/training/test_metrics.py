@@ -22,7 +22,7 @@ class OneProcess:
 
     device = torch.device("cpu")
     pipeline_size = 1
-    data_rank = 0
+    data_context_rank = 0
 
     def sum_over(self, tensor: torch.Tensor, axis: str) -> torch.Tensor:
         return tensor.clone()
@@ -32,7 +32,7 @@ class OneProcess:
 
 
 class SecondOfTwo(OneProcess):
-    data_rank = 1
+    data_context_rank = 1
 
 
 def random_batch(seed: int, rows: int = 3, length: int = 11) -> tuple[Batch, torch.Tensor]:

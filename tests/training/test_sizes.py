@@ -67,6 +67,11 @@ def test_layouts_divide_what_they_should() -> None:
     tensor = stages(tensor_model_parallel_size=2)[0]
     assert stages(tensor_model_parallel_size=2, sequence_parallel=True)[0] < tensor
     assert stages(recompute="full")[0] < alone
+    assert stages(context_parallel_size=2)[0] < alone
+    plain = stages(pipeline_model_parallel_size=2)
+    interleaved = stages(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    # The first stage has 2 * (2 - 0 - 1) + 2 + 1 = 5 half blocks under way instead of 2 whole ones.
+    assert interleaved[0] > plain[0] and interleaved[1] > plain[1]
     assert stages(use_distributed_optimizer=True, data_size=8)[0] < stages(data_size=8)[0] == alone
 
 

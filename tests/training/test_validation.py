@@ -24,13 +24,13 @@ class Ranks:
 
     device = torch.device("cpu")
     pipeline_size = 1
-    rank = 0
+    rank = context_rank = 0
 
     def __init__(self, data_rank: int, data_size: int, sums: list[torch.Tensor]) -> None:
         self.data_rank, self.data_size, self.sums = data_rank, data_size, sums
 
     def sum_over(self, tensor: torch.Tensor, axis: str) -> torch.Tensor:
-        assert axis == "data"
+        assert axis == "data_context"
         self.sums.append(tensor.clone())
         return torch.stack(self.sums[-self.data_rank - 1 :]).sum(0)
 

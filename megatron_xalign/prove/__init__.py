@@ -1,0 +1,1 @@
+"""Prove on this machine what can be proved: short runs, compared with one another, into one table."""
