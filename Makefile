@@ -7,6 +7,8 @@
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(shell command -v $(name))))
 VENV ?= .venv
 ARGS ?=
+# Test files at a time: each may start a few processes of its own.
+JOBS ?= 2
 LANE := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])')
 CONSTRAINTS := constraints/$(LANE).txt
 SOURCES := setup.py pyproject.toml $(wildcard csrc/src/* csrc/include/xalign/*) $(CONSTRAINTS)
@@ -16,7 +18,7 @@ quickstart: $(VENV)/.installed
 	$(VENV)/bin/xalign quickstart $(ARGS)
 
 test: $(VENV)/.installed-dev lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
