@@ -11,7 +11,7 @@ import pytest
 
 TESTS = Path(__file__).parents[1] / "csrc" / "tests"
 SANITIZERS = {"--sanitize": "address,undefined", "--threads": "thread"}
-THREADED = ["test_average_precision", "test_stream", "fuzz_stream"]
+THREADED = ["test_average_precision", "test_stream"]
 """Programs of the only files that start threads."""
 
 
