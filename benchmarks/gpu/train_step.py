@@ -60,7 +60,7 @@ def one_precision(config_path: Path, overrides: list[str], micro_batch_size: int
         })
 
     with tempfile.TemporaryDirectory() as name, topology.start(config.parallel, config.seed) as ranks:
-        options = model_options(config)
+        options = kernels(config)
         chunks = build_model(
             config.model, padded_vocab_size=VOCAB, seq_length=length, parallel=config.parallel, ranks=ranks,
             seed=config.seed, recompute=config.training.recompute, **options,
@@ -75,13 +75,13 @@ def one_precision(config_path: Path, overrides: list[str], micro_batch_size: int
     return line | {"device": torch.cuda.get_device_name()}
 
 
-def model_options(config: Any) -> dict[str, Any]:
+def kernels(config: Any) -> dict[str, Any]:
     """Precision and kernels as ``workflows.train`` hands them on."""
-    dtype = getattr(config, "params_dtype", None) or config.training.params_dtype
-    options: dict[str, Any] = {"params_dtype": dtype}
-    if getattr(config, "fp8", None) is not None:
-        options["fp8"] = config.fp8
-    return options
+    from megatron_xalign.training import backends
+
+    choice = backends.choose(config, backends.look(0))
+    print(f"{config.precision_name}: {choice.describe()}", file=sys.stderr)
+    return {"params_dtype": config.params_dtype, "choice": choice}
 
 
 def main() -> None:
