@@ -50,7 +50,7 @@ def text() -> np.ndarray:
 
 def batch_of(numbers: list[int], seq_length: int) -> Batch:
     """Samples of the text, by number."""
-    samples = []
+    samples: list[dict[str, Any]] = []
     for number in numbers:
         start = int(np.random.default_rng([17, number]).integers(0, len(text()) - seq_length - 1))
         tokens = text()[start : start + seq_length + 1].astype(np.int64)
@@ -109,7 +109,7 @@ class _Watch:
     def before_step(self, step: int) -> None:
         """Start the clock and the recorder."""
         if self.recorder is not None:
-            self.recorder.start(self.listener)  # type: ignore[arg-type]
+            self.recorder.start(self.listener)
         self._wait()
         self.began = time.monotonic()
 
@@ -174,6 +174,9 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
             metrics_path=metrics_path, save=save, languages=["eng_Latn"], source_names=["text"], observers=[watch],
             current_batch=current, start_step=start_step,
         )
+        for handle in [] if direct is None else direct.handles:
+            # The recorder has stopped listening too.
+            handle.remove()
         losses = build_forward_only(chunks, ranks, current)([batch_of([10**6, 10**6 + 1], config.data.seq_length)])
         ranks.barrier()
         lines = [json.loads(line) for line in metrics_path.read_text(encoding="utf-8").splitlines()]

@@ -256,7 +256,7 @@ def _gpu_steps(machine: Machine) -> list[Step]:
                  {"fp8": Run(settings(TINY, 100, layers="local", precision={"fp8": {"recipe": recipe}})),
                   "bf16": Run(settings(TINY, 100, layers="local"))}, near("fp8", "bf16", at_most=0.05), missing)
         )
-    in_fp8 = {"precision": {"fp8": {"recipe": "delayed"}}} if no_fp8 is None else {}
+    in_fp8: dict[str, Any] = {"precision": {"fp8": {"recipe": "delayed"}}} if no_fp8 is None else {}
     found += [
         Step("flash-attn", "flash-attn gives the losses of torch's scaled dot product",
              {"flash": Run(settings(TINY, 50, layers="local", attention="flash")),
