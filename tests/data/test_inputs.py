@@ -233,7 +233,7 @@ def test_aligned_files_without_a_wanted_pair_are_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("content", "name"),
     [("yksi".encode("utf-16"), "UTF-16"), (b"\xfe\xff\0y", "UTF-16"), ('{"text": 1}'.encode("utf-16-le"), "UTF-16"),
-     ("yksi".encode("utf-32"), "UTF-32"), (gzip.compress(b"{}"), "gzip"), (b"PAR1\0\0\0\0", "parquet")],
+     ("yksi".encode("utf-32"), "UTF-32"), (gzip.compress(b"{}", mtime=0), "gzip"), (b"PAR1\0\0\0\0", "parquet")],
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_files_in_another_encoding_or_format_are_refused_with_the_way_out(
