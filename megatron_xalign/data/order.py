@@ -40,8 +40,9 @@ BORDER = np.dtype([("row", "<i8"), ("token", "<i4"), ("padding", "<i4")])
 # Below this an order is made in less time than a kept one is found.
 _FEW_SAMPLES = 1 << 14
 _ROWS_AT_A_TIME = 1 << 20
-# Counts that are fed and not drawn yet, over all sources.
-_COUNTS_IN_MEMORY = 1 << 24
+# Counts that are fed and not drawn yet, over all sources: half a gigabyte with thousands of sources, where each feed
+# costs more than what it feeds; a quarter of that with 64.
+_COUNTS_IN_MEMORY = 1 << 26
 _LARGEST_FEED = 1 << 16
 _SMALLEST_FEED = 64
 
