@@ -140,7 +140,7 @@ def choose_engine(
         "built_in_texts": len(adversarial_texts(_names(tokenizer))), "reference": reference.library,
         "documents_by_reference": engine.texts_by_reference,
     }
-    engine.texts_by_reference = 0
+    engine.start_counting()
     _LOG.info(
         "text is tokenised by %s, which gave the ids of %s on all %d sampled documents",
         engine.library, reference.library, len(sample),
@@ -245,6 +245,11 @@ class GigatokenEngine:
         if by_reference_N.any():
             ids_T, lengths_N = self._corrected(texts, ids_T, lengths_N, np.flatnonzero(by_reference_N))
         return ids_T, lengths_N
+
+    def start_counting(self) -> None:
+        """Begin afresh after the proof, whose odd words would fill the memory that looks up the corpus' words."""
+        self.texts_by_reference = 0
+        self._renew()
 
     def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Offsets int64 [N + 1] and ids uint32 [T], as gigatoken gives them."""
