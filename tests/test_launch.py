@@ -150,7 +150,8 @@ def test_what_no_restart_can_cure_is_not_attempted_again(tmp_path: Path) -> None
     """
     said, _ = run_job(tmp_path, worker, max_restarts=2)
     assert "lr=-1 must be positive" in said
-    assert [(tmp_path / f"work-of-{rank}").read_text() for rank in range(2)] == ["x", "x"]
+    # The first to fail may stop the other before it has begun.
+    assert {path.read_text() for path in tmp_path.glob("work-of-?")} == {"x"}
 
 
 @pytest.mark.distributed

@@ -120,10 +120,12 @@ class DiskBytes:
 
     def _line_in_progress_has_text(self, position: int) -> bool:
         self._file.seek(position)
+        start = position
         while chunk := self._file.read(_READ_BYTES):
             cut = chunk.find(b"\n")
-            if (chunk if cut < 0 else chunk[:cut]).strip():
+            if self._without_mark(chunk if cut < 0 else chunk[:cut], start).strip():
                 return True
+            start += len(chunk)
             if cut >= 0:
                 break
         return self._has_text_before(position)
@@ -135,12 +137,22 @@ class DiskBytes:
             self._file.seek(start)
             chunk = self._file.read(position - start)
             cut = chunk.rfind(b"\n")
-            if chunk[cut + 1 :].strip():
+            if self._without_mark(chunk[cut + 1 :], start + cut + 1).strip():
                 return True
             if cut >= 0:
                 return False
             position = start
         return False
+
+    def _without_mark(self, chunk: bytes, start: int) -> bytes:
+        """Bytes of the file from ``start`` on without what they hold of the mark that begins some UTF-8 files."""
+        if start >= len(UTF8_MARK):
+            return chunk
+        here = self._file.tell()
+        self._file.seek(0)
+        begins_marked = self._file.read(len(UTF8_MARK)) == UTF8_MARK
+        self._file.seek(here)
+        return chunk[len(UTF8_MARK) - start :] if begins_marked else chunk
 
     def _byte_before(self, position: int) -> bytes:
         self._file.seek(position - 1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_xalign.data import reading as reading_module
@@ -154,6 +154,8 @@ def test_lines_of_plain_text_are_documents_and_blank_ones_are_counted(
     lines=st.lists(PLAIN_LINE, max_size=40), line_end=st.sampled_from([b"\n", b"\r\n"]), mark=st.booleans(),
     suffix=st.sampled_from(["", ".gz"]), part_bytes=st.integers(1, 60), batch_bytes=st.integers(1, 60),
 )
+@example(lines=[b"", b"yksi"], line_end=b"\n", mark=True, suffix="", part_bytes=1, batch_bytes=1)  # the mark is no text
+@example(lines=[b"a", b"yksi"], line_end=b"\n", mark=True, suffix="", part_bytes=2, batch_bytes=1)
 @FOLDER_PER_EXAMPLE
 def test_paragraphs_end_at_blank_lines_wherever_the_file_is_cut(
     tmp_path: Path, lines: list[bytes], line_end: bytes, mark: bool, suffix: str, part_bytes: int, batch_bytes: int

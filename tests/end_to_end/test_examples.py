@@ -20,7 +20,7 @@ from megatron_xalign.names import architecture
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 SMALL = (
     "model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=48", "model.num_attention_heads=2",
-    "data.seq_length=64", "data.sources.0.max_repeats=9", "data.sources.1.max_repeats=9",
+    "model.num_query_groups=2", "data.seq_length=64", "data.sources.0.max_repeats=9", "data.sources.1.max_repeats=9",
     "training.train_steps=2", "training.global_batch_size=8", "training.micro_batch_size=2",
     "optimizer.lr_warmup_steps=1", "training.save_interval_steps=2", "capture.probe_interval_steps=2",
     "capture.stream_interval_steps=1", "capture.probe_batch_tokens=512", "data.split=90,10,0",

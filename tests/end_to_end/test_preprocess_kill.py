@@ -48,7 +48,8 @@ class Corpus:
             self.expected[kind] = contents(prefix)
 
     def start(self, kind: str, prefix: Path, workers: int = 2, **options: object) -> subprocess.Popen[str]:
-        """Start the command in a session of its own."""
+        """Start the command in a session of its own, listening to Ctrl-C even where the tests were started without."""
+        options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         what = [str(self.fin), "--language", "fin_Latn"]
         if kind == "pairs":
             what = [str(self.both), "--pairs", "eng_Latn,fin_Latn", "--duplicates", "near", "--pairing", "shuffled"]
