@@ -357,10 +357,11 @@ def check_held_out(config: RunConfig, sources: list[Source]) -> None:
             rows = evaluation.batch(range(len(evaluation)))
             own = evaluation.sources_N == index
             known = {document: number for number, document in enumerate(tokens_of(source))}
+            # A border of the sample may cut its first and its last document: what is left may look like another one.
             whole = [
                 tuple(tokens[documents == document].tolist())
                 for tokens, documents in zip(rows["tokens"][own], rows["document_ids"][own], strict=True)
-                for document in set(documents[documents >= 0].tolist())
+                for document in list(dict.fromkeys(documents[documents >= 0].tolist()))[1:-1]
             ]
             repeated = {text for text, count in Counter(tokens_of(source)).items() if count > 1}
             assert not {known[text] for text in whole if text in known and text not in repeated} & train
