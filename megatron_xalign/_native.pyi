@@ -35,6 +35,17 @@ def average_precision(
     num_threads: int = 1,
 ) -> NDArray[np.float64]: ...
 
+def add_to_groups(
+    values: NDArray[Any],
+    groups: NDArray[np.int32],
+    num_groups: int,
+    *,
+    sum: NDArray[np.float64] | None = None,
+    sum_of_squares: NDArray[np.float64] | None = None,
+    max: NDArray[np.float32] | None = None,
+    positive: NDArray[np.int64] | None = None,
+) -> None: ...
+
 class Folding:
     def __init__(self, table: NDArray[np.uint32], expansions: NDArray[np.uint32]) -> None: ...
     def fold(self, texts: list[str]) -> list[str]: ...

@@ -275,6 +275,24 @@ def blenders() -> None:
         made.tally()
 
 
+def group_sums() -> None:
+    tokens, width, groups = (int(random.integers(0, 6)) for _ in range(3))
+    values = random.normal(size=(tokens, 2 * width)).astype("<f4")[:, :width]
+    totals: dict[str, Any] = {
+        name: np.zeros((groups, width), kind)
+        for name, kind in {"sum": "<f8", "sum_of_squares": "<f8", "max": "<f4", "positive": "<i8"}.items()
+    }
+    for name in list(totals):
+        if one_in(12):
+            totals[name] = array("<f8", axes=2)
+        if one_in(6):
+            del totals[name]
+    if one_in(4):
+        values = array(["<f4", "<u2"][random.integers(2)], axes=2)
+    ids = random.integers(-1, max(groups, 1), tokens).astype("<i4")
+    attempt(native.add_to_groups, values, array("<i4", 4) if one_in(5) else ids, maybe(groups), **totals)
+
+
 def others() -> None:
     order = attempt(native.Permutation, number(9), number(3000))
     if order is not None:
@@ -302,6 +320,6 @@ def others() -> None:
 
 if __name__ == "__main__":
     for _ in range(int(sys.argv[2]) if len(sys.argv) > 2 else 100):
-        for part in (streams, blends, blenders, others):
+        for part in (streams, blends, blenders, group_sums, others):
             part()
     print(counts["passed"], counts["refused"])

@@ -285,6 +285,7 @@ PYBIND11_MODULE(_native, module) {
   bind_streams(module);
   bind_blends(module);
   bind_analysis(module);
+  bind_capture(module);
   module.doc() = "libxalign: the C++ under csrc/. Contracts stand in csrc/include/xalign/*.h, types in _native.pyi.";
   module.def("blend_order", &blend_order, py::arg("weights"), py::arg("num_samples") = py::none());
   module.def("permutation", &permutation, py::arg("seed"), py::arg("size"));

@@ -56,4 +56,7 @@ void bind_blends(py::module_& module);
 // bindings_analysis.cpp: measures that NumPy is too slow for.
 void bind_analysis(py::module_& module);
 
+// bindings_capture.cpp: sums over tokens.
+void bind_capture(py::module_& module);
+
 }  // namespace xalign_python

@@ -1,7 +1,8 @@
 """Running sums of neurons per language, kept on the device: what the stream of training batches leaves behind.
 
 Sums are taken in float64 from the first addition on, so they do not depend on how batches were cut, beyond the last
-digits of float64; counts are exact. One matrix product with a one-hot matrix sums all languages at once.
+digits of float64; counts are exact. On a CPU one pass of C++ over a layer's activations takes all of them. Elsewhere,
+and for types that it does not know, a matrix product with a one-hot matrix sums all languages at once.
 """
 
 # T tokens in the order of [S, B], S sequence, B micro-batch
@@ -9,21 +10,61 @@ digits of float64; counts are exact. One matrix product with a one-hot matrix su
 
 from __future__ import annotations
 
+from functools import cached_property
+
+import numpy as np
 import torch
 
+from megatron_xalign import _native
 from megatron_xalign.batch import Batch
 from megatron_xalign.capture.recorder import MicroBatch
 
 
-def one_hot_by_language(language_ids_BS: torch.Tensor, num_languages: int) -> torch.Tensor:
-    """Which token belongs to which language, tokens in the order of the model's [S, B] tensors.
+class TokenGroups:
+    """Which tokens are summed together: those of a language, or of a sentence.
 
-    Returns:
-        float64 [K, S * B] of zeros and ones; a token without a language (id -1) has a column of zeros.
+    Args:
+        group_ids_BS: integers [B, S], counting from 0; a token with -1 belongs to no group.
+        num_groups: K.
     """
-    ids_T = language_ids_BS.t().reshape(-1)
-    languages_K = torch.arange(num_languages, device=ids_T.device, dtype=ids_T.dtype)
-    return (ids_T[None, :] == languages_K[:, None]).double()
+
+    def __init__(self, group_ids_BS: torch.Tensor, num_groups: int) -> None:
+        self.num_groups = num_groups
+        self.ids_T = group_ids_BS.t().reshape(-1)
+        """Group of each token, in the order of the model's [S, B] tensors."""
+
+    @cached_property
+    def one_hot_KT(self) -> torch.Tensor:
+        """float64 [K, T] of zeros and ones; a token without a group has a column of zeros."""
+        groups_K = torch.arange(self.num_groups, device=self.ids_T.device, dtype=self.ids_T.dtype)
+        return (self.ids_T[None, :] == groups_K[:, None]).double()
+
+    @cached_property
+    def tokens_K(self) -> torch.Tensor:
+        """int64 [K]: tokens of each group."""
+        return torch.bincount(self.ids_T[self.ids_T >= 0], minlength=self.num_groups)
+
+    @cached_property
+    def rows_T1(self) -> torch.Tensor:
+        """int64 [T, 1]: group of each token, those without one in a row behind all groups."""
+        ids_T = self.ids_T.long()
+        return torch.where(ids_T < 0, self.num_groups, ids_T)[:, None]
+
+    @cached_property
+    def for_native(self) -> np.ndarray:
+        """int32 [T], as the C++ pass takes them."""
+        return self.ids_T.int().numpy()
+
+
+def for_native(values_TX: torch.Tensor) -> np.ndarray | None:
+    """The same memory as the C++ pass takes it, bfloat16 as its bits; None where it takes it not."""
+    if values_TX.device.type != "cpu" or (values_TX.shape[1] > 1 and values_TX.stride(1) != 1):
+        return None
+    if values_TX.dtype == torch.float32:
+        return values_TX.numpy()
+    if values_TX.dtype == torch.bfloat16:
+        return values_TX.view(torch.int16).numpy().view(np.uint16)
+    return None
 
 
 def block_tokens(width: int, device: torch.device) -> int:
@@ -31,26 +72,26 @@ def block_tokens(width: int, device: torch.device) -> int:
     return max(64, (1 << 18 if device.type == "cpu" else 1 << 24) // width)
 
 
-def count_positive(one_hot: torch.Tensor, values_SBF: torch.Tensor) -> torch.Tensor:
-    """Count per language how often each coordinate is above zero.
+def count_positive(groups: TokenGroups, values_SBF: torch.Tensor, count_KF: torch.Tensor) -> None:
+    """Add to counts how often each coordinate is above zero in each group; exact.
 
     Args:
-        one_hot: float64 [K, T] as ``one_hot_by_language`` gives it.
+        groups: of the tokens.
         values_SBF: [S, B, F], any float dtype; may be a view of some columns of a wider tensor.
-
-    Returns:
-        int64 [K, F], exact.
+        count_KF: int64 [K, F], added to.
     """
     values_TF = values_SBF.flatten(0, 1)
+    native = for_native(values_TF)
+    if native is not None:
+        _native.add_to_groups(native, groups.for_native, groups.num_groups, positive=count_KF.numpy())
+        return
     # Zeros and ones add up exactly in float32 below 2^24 tokens, far above a block; so they do in TF32.
-    one_hot = one_hot.float()
-    count_KF = torch.zeros(len(one_hot), values_TF.shape[1], dtype=torch.int64, device=values_TF.device)
+    one_hot_KT = groups.one_hot_KT.float()
     step = block_tokens(values_TF.shape[1], values_TF.device)
     for start in range(0, len(values_TF), step):
         block = values_TF[start : start + step]
         positive = torch.gt(block, 0, out=torch.empty(block.shape, dtype=torch.float32, device=block.device))
-        count_KF += (one_hot[:, start : start + step] @ positive).long()
-    return count_KF
+        count_KF += (one_hot_KT[:, start : start + step] @ positive).long()
 
 
 class StreamSums:
@@ -101,8 +142,7 @@ class StreamSums:
         self.wants_attention = attention
         self._num_languages = num_languages
         self._batch: Batch | None = None
-        self._one_hot = torch.empty(0)
-        self._max_row_T1 = torch.empty(0)
+        self._groups: dict[tuple[int, int], TokenGroups] = {}
 
     @property
     def max_KLF(self) -> torch.Tensor:
@@ -126,19 +166,25 @@ class StreamSums:
 
     def take_gates(self, row: int, gate_SBF: torch.Tensor, micro_batch: MicroBatch) -> None:
         """Add one micro-batch's gates of one layer."""
-        self._look_at(micro_batch.batch)
-        self.gate_positive_KLF[:, row] += count_positive(self._one_hot, gate_SBF)
+        count_positive(self._look_at(micro_batch), gate_SBF, self.gate_positive_KLF[:, row])
 
     def take_neurons(self, row: int, act_SBF: torch.Tensor, micro_batch: MicroBatch) -> None:
         """Add one micro-batch's post-activations of one layer."""
-        self._look_at(micro_batch.batch)
+        groups = self._look_at(micro_batch)
         if row == 0:
-            self.tokens_K += self._one_hot.sum(1).long()
-        self.positive_KLF[:, row] += count_positive(self._one_hot, act_SBF)
+            self.tokens_K += groups.tokens_K
         act_TF = act_SBF.flatten(0, 1)
-        max_KF = self._max_KLF[:, row]
-        max_KF.scatter_reduce_(0, self._max_row_T1.expand(-1, act_TF.shape[1]), act_TF.float(), "amax")
-        _add_moments(self._one_hot, act_TF, self.sum_KLF[:, row], self.sum_of_squares_KLF[:, row])
+        native = for_native(act_TF)
+        if native is not None:
+            _native.add_to_groups(
+                native, groups.for_native, groups.num_groups, sum=self.sum_KLF[:, row].numpy(),
+                sum_of_squares=self.sum_of_squares_KLF[:, row].numpy(), max=self.max_KLF[:, row].numpy(),
+                positive=self.positive_KLF[:, row].numpy(),
+            )
+            return
+        count_positive(groups, act_SBF, self.positive_KLF[:, row])
+        self._max_KLF[:, row].scatter_reduce_(0, groups.rows_T1.expand(-1, act_TF.shape[1]), act_TF.float(), "amax")
+        _add_moments(groups, act_SBF, self.sum_KLF[:, row], self.sum_of_squares_KLF[:, row])
 
     def take_residual(self, row: int, hidden_SBH: torch.Tensor, micro_batch: MicroBatch) -> None:
         """Add one micro-batch's residual stream of one row."""
@@ -149,29 +195,36 @@ class StreamSums:
         self._add_hidden(self.attention_sums_2KLH, row, output_SBH, micro_batch)
 
     def _add_hidden(self, sums_2KXH: torch.Tensor, row: int, values_SBH: torch.Tensor, micro_batch: MicroBatch) -> None:
-        self._look_at(micro_batch.batch)
-        batch_size = len(micro_batch.batch.language_ids)
-        positions = micro_batch.positions
-        one_hot = self._one_hot[:, positions.start * batch_size : positions.stop * batch_size]
-        _add_moments(one_hot, values_SBH.flatten(0, 1), sums_2KXH[0, :, row], sums_2KXH[1, :, row])
+        groups = self._look_at(micro_batch)
+        _add_moments(groups, values_SBH, sums_2KXH[0, :, row], sums_2KXH[1, :, row])
 
-    def _look_at(self, batch: Batch) -> None:
-        if batch is self._batch:
-            return
-        self._batch = batch
-        self._one_hot = one_hot_by_language(batch.language_ids, self._num_languages)
-        ids_T = batch.language_ids.t().reshape(-1).long()
-        self._max_row_T1 = torch.where(ids_T < 0, self._num_languages, ids_T)[:, None]
+    def _look_at(self, micro_batch: MicroBatch) -> TokenGroups:
+        """Languages of the tokens that the tensor covers, worked out once for all layers."""
+        batch, positions = micro_batch.batch, micro_batch.positions
+        if batch is not self._batch:
+            self._batch, self._groups = batch, {}
+        key = (positions.start, positions.stop)
+        if key not in self._groups:
+            self._groups[key] = TokenGroups(batch.language_ids[:, positions], self._num_languages)
+        return self._groups[key]
 
 
 def _add_moments(
-    one_hot: torch.Tensor, values_TX: torch.Tensor, sum_KX: torch.Tensor, sum_of_squares_KX: torch.Tensor
+    groups: TokenGroups, values_SBX: torch.Tensor, sum_KX: torch.Tensor, sum_of_squares_KX: torch.Tensor
 ) -> None:
-    """Add the values and their squares to sums per language, in float64, a block that fits a cache at a time."""
+    """Add the values of each group's tokens, and their squares, to sums [K, X] in float64."""
+    values_TX = values_SBX.flatten(0, 1)
+    native = for_native(values_TX)
+    if native is not None:
+        _native.add_to_groups(
+            native, groups.for_native, groups.num_groups, sum=sum_KX.numpy(), sum_of_squares=sum_of_squares_KX.numpy()
+        )
+        return
     step = block_tokens(values_TX.shape[1], values_TX.device)
     for start in range(0, len(values_TX), step):
         # A copy in any case: it is squared in place below, and the activation is the model's.
         block = values_TX[start : start + step].to(torch.float64, copy=True)
-        of_block = one_hot[:, start : start + step]
+        # What is no finite number enters the sums of all groups here, as zero times it is no number either.
+        of_block = groups.one_hot_KT[:, start : start + step]
         sum_KX += of_block @ block
         sum_of_squares_KX += of_block @ block.square_()

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_xalign import _native
 from megatron_xalign.batch import NO_LANGUAGE, Batch
-from megatron_xalign.capture.moments import count_positive, one_hot_by_language
+from megatron_xalign.capture.moments import TokenGroups, count_positive, for_native
 from megatron_xalign.capture.recorder import MicroBatch, Recorder
 from megatron_xalign.capture.writing import agree, error_of, holds_totals, residual_columns
 from megatron_xalign.errors import CorpusError, XAlignError
@@ -204,18 +205,16 @@ class SentenceMeans:
     def take_neurons(self, row: int, act_SBF: torch.Tensor, micro_batch: MicroBatch) -> None:
         """Mean post-activations of one batch and layer."""
         now = self._look_at(micro_batch)
-        self.neuron_mean_DLF[now.rows_B, row] = _weighted_sum(act_SBF, now.weights_BS).float()
+        self.neuron_mean_DLF[now.rows_B, row] = now.part_of_mean(act_SBF, micro_batch.positions)
 
     def take_gates(self, row: int, gate_SBF: torch.Tensor, micro_batch: MicroBatch) -> None:
         """Signs of the gates of one batch and layer."""
-        now = self._look_at(micro_batch)
-        self.gate_positive_KLF[:, row] += count_positive(now.one_hot_KT, gate_SBF)
+        count_positive(self._look_at(micro_batch).languages, gate_SBF, self.gate_positive_KLF[:, row])
 
     def take_residual(self, row: int, hidden_SBH: torch.Tensor, micro_batch: MicroBatch) -> None:
         """Mean residual stream of one batch and row."""
         now = self._look_at(micro_batch)
-        weights_BS = now.weights_BS[:, micro_batch.positions]
-        self.residual_mean_DMH[now.rows_B, row] = _weighted_sum(hidden_SBH, weights_BS).float()
+        self.residual_mean_DMH[now.rows_B, row] = now.part_of_mean(hidden_SBH, micro_batch.positions)
 
     def _look_at(self, micro_batch: MicroBatch) -> _Now:
         """What all layers need of a batch, worked out at the first of them."""
@@ -229,30 +228,44 @@ class SentenceMeans:
                 f"capture is shown a micro-batch that is not number {micro_batch.number} of the probe; no other "
                 "forward pass may run during a probe."
             )
-        counted_BS = (batch.language_ids >= 0).double()
         self._now = _Now(
-            batch=batch,
-            rows_B=expected.rows_B.to(batch.tokens.device),
-            weights_BS=counted_BS / counted_BS.sum(1, keepdim=True),
-            one_hot_KT=one_hot_by_language(batch.language_ids, self._num_languages),
+            batch, expected.rows_B.to(batch.tokens.device), (batch.language_ids >= 0).sum(1),
+            TokenGroups(batch.language_ids, self._num_languages),
         )
         return self._now
 
 
-@dataclass(frozen=True)
 class _Now:
-    """The batch that is running."""
+    """The batch that is running, and what all layers need of it.
 
-    batch: Batch
-    rows_B: torch.Tensor
-    weights_BS: torch.Tensor
-    """float64: weight of each token in its sentence's mean."""
-    one_hot_KT: torch.Tensor
+    Args:
+        batch: what the model sees.
+        rows_B: which sentence of the probe each sample is.
+        tokens_B: int64 [B]: tokens that each sentence's mean is over.
+        languages: which token is of which language.
+    """
 
+    def __init__(self, batch: Batch, rows_B: torch.Tensor, tokens_B: torch.Tensor, languages: TokenGroups) -> None:
+        self.batch, self.rows_B, self.languages = batch, rows_B, languages
+        self._tokens_B = tokens_B
+        self._counted_BS = batch.language_ids >= 0
+        self._sentences: dict[tuple[int, int], TokenGroups] = {}
 
-def _weighted_sum(values_SBX: torch.Tensor, weights_BS: torch.Tensor) -> torch.Tensor:
-    """float64 [B, X]."""
-    return torch.bmm(weights_BS[:, None, :], values_SBX.transpose(0, 1).double())[:, 0]
+    def part_of_mean(self, values_SBX: torch.Tensor, positions: slice) -> torch.Tensor:
+        """float32 [B, X]: what the tokens at these positions give to the mean of their sentence, summed in float64."""
+        counted_BS = self._counted_BS[:, positions]
+        native = for_native(values_SBX.flatten(0, 1))
+        if native is None:
+            weights_B1S = counted_BS.double()[:, None, :]
+            sums_BX = torch.bmm(weights_B1S, values_SBX.transpose(0, 1).double())[:, 0]
+        else:
+            key, batch_size = (positions.start, positions.stop), len(counted_BS)
+            if key not in self._sentences:
+                sentence_B1 = torch.arange(batch_size)[:, None]
+                self._sentences[key] = TokenGroups(torch.where(counted_BS, sentence_B1, -1), batch_size)
+            sums_BX = torch.zeros(batch_size, values_SBX.shape[2], dtype=torch.float64)
+            _native.add_to_groups(native, self._sentences[key].for_native, batch_size, sum=sums_BX.numpy())
+        return (sums_BX / self._tokens_B[:, None]).float()
 
 
 @dataclass(frozen=True)

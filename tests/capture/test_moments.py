@@ -6,7 +6,7 @@ import torch
 from plain_model import LENGTH, make_batches
 
 from megatron_xalign.capture import moments
-from megatron_xalign.capture.moments import StreamSums, count_positive, one_hot_by_language
+from megatron_xalign.capture.moments import StreamSums, TokenGroups, count_positive
 from megatron_xalign.capture.recorder import MicroBatch
 
 WIDTH, LANGUAGES = 5, 3
@@ -36,9 +36,15 @@ def numpy_oracle(acts: list[torch.Tensor], gates: list[torch.Tensor], ids: list[
     return out
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_sums_per_language_are_those_of_a_loop_over_tokens(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_sums_per_language_are_those_of_a_loop_over_tokens(
+    dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the C++ pass, which knows float32 and bfloat16, and by torch, as on a GPU."""
     monkeypatch.setattr(moments, "block_tokens", lambda width, device: 7)  # several blocks, the last one short
+    if not native:
+        monkeypatch.setattr(moments, "for_native", lambda values_TX: None)
     generator = torch.Generator().manual_seed(1)
     batches = make_batches(2, [3, 2])
     # A large common offset: sums in float32 would lose digits that are compared here.
@@ -63,6 +69,29 @@ def test_sums_per_language_are_those_of_a_loop_over_tokens(dtype: torch.dtype, m
         assert torch.equal(act, was)
 
 
+def test_float32_and_bfloat16_on_a_cpu_are_read_where_they_are() -> None:
+    wide = torch.randn(6, 8)
+    for values in (wide, wide[:, :4], wide.bfloat16()[:, 4:]):
+        native = moments.for_native(values)
+        assert native is not None and native.__array_interface__["data"][0] == values.data_ptr()
+    bits = moments.for_native(wide.bfloat16())
+    assert bits is not None and (bits.astype(np.uint32) << 16).view(np.float32).tolist() == wide.bfloat16().tolist()
+    for other in (wide.double(), wide.half(), wide.t(), wide[:, ::2]):
+        assert moments.for_native(other) is None
+
+
+def test_what_is_not_a_number_is_not_hidden_and_stays_with_its_language() -> None:
+    batch = make_batches(2, [3])[0]
+    batch.language_ids[:] = 0
+    batch.language_ids[2, 5], batch.language_ids[0, 3] = -1, 1
+    act = torch.ones(LENGTH, 3, WIDTH)
+    act[4, 1, 2], act[5, 2, 3] = torch.nan, torch.nan  # the second one belongs to no language
+    sums = StreamSums(2, 1, WIDTH, torch.device("cpu"))
+    sums.take_neurons(0, act, MicroBatch(batch, 0, slice(0, LENGTH)))
+    for name in ("sum_KLF", "sum_of_squares_KLF", "max_KLF"):
+        assert torch.isnan(getattr(sums, name)[:, 0]).nonzero().tolist() == [[0, 2]], name
+
+
 def test_reset_begins_again_at_zero() -> None:
     batch = make_batches(2, [3])[0]
     act = torch.randn(LENGTH, 3, WIDTH)
@@ -78,6 +107,8 @@ def test_reset_begins_again_at_zero() -> None:
 
 
 def test_zero_is_not_positive() -> None:
-    one_hot = one_hot_by_language(torch.tensor([[0, 0, 0]], dtype=torch.int8), 1)
+    groups = TokenGroups(torch.tensor([[0, 0, 0]], dtype=torch.int8), 1)
     values = torch.tensor([0.0, -0.0, 1e-30]).reshape(3, 1, 1)
-    assert count_positive(one_hot, values).tolist() == [[1]]
+    count = torch.zeros(1, 1, dtype=torch.int64)
+    count_positive(groups, values, count)
+    assert count.tolist() == [[1]]
