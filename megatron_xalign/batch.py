@@ -54,6 +54,14 @@ class Batch:
         return Batch(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
 
 
+def context_positions(length: int, context_rank: int, context_size: int) -> torch.Tensor:
+    """int64 [S / context_size]: where in the sequence the tokens of ``Batch.part`` are."""
+    if context_size == 1:
+        return torch.arange(length)
+    pieces = context_chunks(length, context_rank, context_size)
+    return torch.cat([torch.arange(piece.start, piece.stop) for piece in pieces])
+
+
 def context_chunks(length: int, context_rank: int, context_size: int) -> tuple[slice, slice]:
     """Positions of a sequence that one context-parallel rank holds, in the order in which it holds them.
 
@@ -84,3 +92,6 @@ class CurrentBatch:
 
     def __init__(self) -> None:
         self.batch: Batch | None = None
+        """What the model sees: this process's part of every sequence under context parallelism."""
+        self.whole: Batch | None = None
+        """Whole sequences; None where the part is the whole."""

@@ -654,7 +654,7 @@ class CaptureConfig:
     sample: SampleConfig | None = None
     """Neurons whose tokens are kept with their text; none if left out."""
     score_pairs: int = 512
-    """Probe pairs that scores (``scores.jsonl``) are computed on at every probe; 0: no scores."""
+    """Probe pairs that scores (``scores.jsonl``) are computed on at every probe; 0: no scores at all."""
     on_error: Literal["stop", "disable"] = "stop"
     """What becomes of the run when capture fails: it stops, or goes on without capture and says so in its log."""
     quantized: bool = False
@@ -719,11 +719,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require(bool(self.name), "name is empty.")
         _require(self.seed >= 0, f"seed={self.seed} is negative.")
-        _require(
-            self.capture is None or not self.training.rampup_batch_size,
-            "training.rampup_batch_size does not go with capture, which counts on steps of one size; leave out one of "
-            "them.",
-        )
         tensor, pipeline = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
         for name, size in (
             ("num_attention_heads", self.model.num_attention_heads),

@@ -69,7 +69,6 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("external_cuda_graph", (None, False), "a replayed CUDA graph runs no hooks"),
     ("mlp_chunks_for_training", (None, 1), "the MLP then runs several times per micro-batch"),
     ("num_moe_experts", (None,), "experts see their tokens in another order"),
-    ("context_parallel_size", (None, 1), "a process then sees only part of every sequence"),
 )
 
 

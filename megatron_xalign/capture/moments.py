@@ -156,13 +156,25 @@ class StreamSums:
 
     def reset(self) -> None:
         """Begin again at zero."""
-        for total in (
-            self.tokens_K, self.sum_KLF, self.sum_of_squares_KLF, self.positive_KLF, self.gate_positive_KLF,
-            self.residual_sums_2KMH, self.attention_sums_2KLH,
-        ):
+        for total in self._totals():
             total.zero_()
         self._max_KLF.fill_(-torch.inf)
         self._batch = None
+
+    def copy(self) -> list[torch.Tensor]:
+        """All sums as they are now, for ``put_back``."""
+        return [total.clone() for total in self._totals()]
+
+    def put_back(self, before: list[torch.Tensor]) -> None:
+        """Forget what came after ``copy``."""
+        for total, was in zip(self._totals(), before, strict=True):
+            total.copy_(was)
+
+    def _totals(self) -> tuple[torch.Tensor, ...]:
+        return (
+            self.tokens_K, self.sum_KLF, self.sum_of_squares_KLF, self._max_KLF, self.positive_KLF,
+            self.gate_positive_KLF, self.residual_sums_2KMH, self.attention_sums_2KLH,
+        )
 
     def take_gates(self, row: int, gate_SBF: torch.Tensor, micro_batch: MicroBatch) -> None:
         """Add one micro-batch's gates of one layer."""

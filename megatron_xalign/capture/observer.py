@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from megatron_xalign.batch import CurrentBatch
+from megatron_xalign.batch_sizes import batch_sizes
 from megatron_xalign.capture.moments import StreamSums
 from megatron_xalign.capture.probe import (
     COUNTED_TOKENS,
@@ -29,13 +29,14 @@ from megatron_xalign.capture.probe import (
     ProbeResult,
     ProbeSentence,
     build_probe_batches,
+    length_multiple,
     probe_arrays,
     probe_sha256,
     run_probe,
 )
 from megatron_xalign.capture.recorder import Recorder, Together
 from megatron_xalign.capture.samples import NeuronSamples
-from megatron_xalign.capture.scores import ScoreFunctions, append_scores, numbers_by_layer, score_probe
+from megatron_xalign.capture.scores import ScoreFunctions, append_scores, numbers_by_layer, score_probe, score_stream
 from megatron_xalign.capture.writing import agree, error_of, holds_totals, residual_columns, write_statistics
 from megatron_xalign.config import RunConfig, to_tree
 from megatron_xalign.errors import CheckpointError, ConfigError
@@ -106,9 +107,7 @@ class NeuronObserver:
         )
         self._batches = build_probe_batches(
             probe, languages, eod_id, self._capture.probe_batch_tokens, config.data.seq_length,
-            multiple_of=math.lcm(
-                ranks.tensor_size if self._recorder.sequence_parallel else 1, config.length_multiple_of
-            ),
+            multiple_of=length_multiple(self._recorder, ranks, config.length_multiple_of),
         )
         self._sums: StreamSums | None = None
         if self._capture.stream:
@@ -120,23 +119,28 @@ class NeuronObserver:
             )
         self._samples: NeuronSamples | None = None
         if self._capture.sample is not None:
-            self._samples = NeuronSamples(self._capture.sample, len(languages), self._recorder, ranks.device)
+            self._samples = NeuronSamples(self._capture.sample, len(languages), self._recorder, ranks)
         self._disabled = False
-        self._score = score if probe and self._capture.score_pairs else None
+        self._score = score if self._capture.score_pairs else None
         self._scores: dict[str, Any] = {}
         self._window_first: int | None = None
-        self._micro_batches = config.training.global_batch_size // (
-            config.training.micro_batch_size * ranks.data_size
-        )
+        self._sizes = batch_sizes(config.training)
+        # Where a step may be passed over, what is kept before it, so that nothing of the step stays.
+        policies = (config.training.nonfinite_policy, config.training.loss_spike_policy)
+        self._may_pass_over = "skip" in policies or "rewind" in policies
+        self._before: list[tuple[Any, Any]] = []
+        self._last_step = 0
+        self._left_out: list[int] = []
 
     name = "neurons"
 
     def state(self) -> ObserverState:
-        """What is kept of the window that a checkpoint cuts in two, over all data-parallel ranks."""
+        """What is kept of the window that a checkpoint cuts in two, over all data- and context-parallel ranks."""
         if self._window_first is None:
             return {"window_first": None}, {}
         values: dict[str, Any] = {
             "window_first": self._window_first, "languages": list(self._languages), "captured": self._what_is_kept(),
+            "last_step": self._last_step, "left_out_steps": self._left_out,
         }
         parts: dict[str, LocalPart] = {}
         if self._sums is not None:
@@ -177,12 +181,16 @@ class NeuronObserver:
         return parts
 
     def restore(self, state: ObserverState) -> None:
-        """Go on from a state; one data-parallel rank holds what was kept by all."""
+        """Go on from a state; one data- and context-parallel rank holds what was kept by all."""
         values, parts = state
         self._window_first = values["window_first"]
+        # In the middle of a step, where the run goes back to a checkpoint: what was kept before the step is of no use.
+        self._before = []
+        self._left_out = list(values.get("left_out_steps", ()))
+        self._last_step = values.get("last_step", self._last_step)
         for kept in self._kept():
             kept.reset()
-        if self._window_first is None or self._ranks.data_rank > 0:
+        if self._window_first is None or self._ranks.data_context_rank > 0:
             return
         if self._sums is not None:
             self._sums.tokens_K += torch.tensor(values["tokens_K"], device=self._ranks.device)
@@ -209,10 +217,11 @@ class NeuronObserver:
         if self._window_first is None:
             for one in kept:
                 one.reset()
-            self._window_first = step + 1
+            self._window_first, self._last_step, self._left_out = step + 1, step, []
         if (step + 1) % self._capture.stream_interval_steps == 0:
             if self._samples is not None:
                 self._samples.step = step + 1
+            self._before = [(one, one.copy()) for one in kept] if self._may_pass_over else []
             self._recorder.start(kept[0] if len(kept) == 1 else Together(kept))
 
     def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -226,8 +235,11 @@ class NeuronObserver:
             return
         with self._guarded(f"after step {step}"):
             if self._recorder.listening:
-                agree(self._ranks, error_of(lambda: self._recorder.stop(self._micro_batches)))
-            if step % self._capture.probe_interval_steps == 0 or step == self._config.training.train_steps:
+                agree(self._ranks, error_of(lambda: self._recorder.stop(self._micro_batches(step))))
+            if metrics.get("passed_over"):
+                self._leave_out(step)
+            self._before, self._last_step = [], step
+            if step % self._capture.probe_interval_steps == 0 or step == self._sizes.num_steps:
                 self._write(step)
                 self._window_first = None
                 if self._scores and isinstance(metrics, MutableMapping):
@@ -240,6 +252,21 @@ class NeuronObserver:
     def close(self) -> None:
         """Take all hooks away; called however training ended."""
         self._recorder.close()
+
+    def _micro_batches(self, step: int) -> int:
+        """Micro-batches of this process in a step, counted from 1."""
+        at_once = self._config.training.micro_batch_size * self._ranks.data_size
+        return self._sizes.size_of(step - 1) // at_once
+
+    def _consumed_tokens(self, step: int) -> int:
+        return self._sizes.samples_before(step) * self._config.data.seq_length
+
+    def _leave_out(self, step: int) -> None:
+        """Forget what a step gave that was passed over; after going back to a checkpoint, note all steps since."""
+        for one, before in self._before:
+            one.put_back(before)
+        if self._window_first is not None:
+            self._left_out += range(max(self._last_step + 1, self._window_first), step + 1)
 
     @contextmanager
     def _guarded(self, when: str) -> Iterator[None]:
@@ -259,15 +286,20 @@ class NeuronObserver:
     def _write(self, step: int) -> Path | None:
         """Probe, then write this step's folder; every process calls it."""
         arrays: dict[str, np.ndarray] = {}
+        self._scores = {}
         if self._probe:
             result = run_probe(
                 self._recorder, self._forward_only, self._batches, len(self._probe), len(self._languages), self._ranks
             )
-            self._log_scores(step, result)
+            self._score_probe(result)
             arrays |= probe_arrays(result, self._probe, self._languages, self._recorder, self._ranks)
         with_stream = self._sums is not None and self._window_first is not None
         if with_stream:
             arrays |= self._stream_arrays()
+            self._score_stream(arrays["stream_gate_positive_KLF"])
+        if self._scores and self._ranks.rank == 0:
+            line = {"step": step, "consumed_tokens": self._consumed_tokens(step), **self._scores}
+            append_scores(self._config.output_dir, line)
         if self._samples is not None and self._window_first is not None:
             self._write_samples(step, self._window_first)
         if not self._probe and not with_stream:
@@ -275,7 +307,7 @@ class NeuronObserver:
         index = StatsIndex(
             run_name=self._config.name,
             step=step,
-            consumed_tokens=step * self._config.training.global_batch_size * self._config.data.seq_length,
+            consumed_tokens=self._consumed_tokens(step),
             languages=self._languages,
             num_layers=self._recorder.num_layers,
             ffn_hidden_size=self._recorder.ffn_hidden_size,
@@ -290,6 +322,7 @@ class NeuronObserver:
             stream_first_step=self._window_first if with_stream else None,
             stream_last_step=step if with_stream else None,
             stream_interval_steps=self._capture.stream_interval_steps if with_stream else None,
+            stream_left_out_steps=tuple(self._left_out) if with_stream else (),
             stream_residual=with_stream and self._capture.stream_residual,
             stream_attention=with_stream and self._capture.stream_attention,
         )
@@ -315,17 +348,24 @@ class NeuronObserver:
         """What listens to training batches."""
         return [one for one in (self._sums, self._samples) if one is not None]
 
-    def _log_scores(self, step: int, result: ProbeResult) -> None:
-        if self._score is None:
-            return
-        captured = self._capture.layers or range(self._recorder.num_layers)
-        self._scores = score_probe(
-            result, self._probe, self._languages, self._recorder, captured, self._ranks, self._score,
-            self._capture.score_pairs,
-        )
-        if self._scores and self._ranks.rank == 0:
-            tokens = step * self._config.training.global_batch_size * self._config.data.seq_length
-            append_scores(self._config.output_dir, {"step": step, "consumed_tokens": tokens, **self._scores})
+    @property
+    def _captured(self) -> Sequence[int]:
+        """Captured layers over all processes, in order."""
+        return self._capture.layers or range(self._recorder.num_layers)
+
+    def _score_probe(self, result: ProbeResult) -> None:
+        if self._score is not None:
+            self._scores |= score_probe(
+                result, self._probe, self._languages, self._recorder, self._captured, self._ranks, self._score,
+                self._capture.score_pairs,
+            )
+
+    def _score_stream(self, gate_positive_KLF: np.ndarray) -> None:
+        if self._score is not None:
+            tokens_K = self._tokens().cpu().numpy()
+            self._scores |= score_stream(
+                gate_positive_KLF, tokens_K, self._languages, self._recorder, self._captured, self._ranks, self._score
+            )
 
     def _stream_arrays(self) -> dict[str, np.ndarray]:
         totals = self._totals()
@@ -341,13 +381,13 @@ class NeuronObserver:
         return {name: total.cpu().numpy() for name, total in arrays.items()}
 
     def _totals(self) -> dict[str, torch.Tensor]:
-        """The sums over all data-parallel ranks, by their names in ``StreamSums``."""
+        """The sums over all data- and context-parallel ranks, by their names in ``StreamSums``."""
         sums, ranks = self._sums, self._ranks
         assert sums is not None
         totals = {
-            name: ranks.sum_over(getattr(sums, name), "data") for name in self._names() if name != "max_KLF"
+            name: ranks.sum_over(getattr(sums, name), "data_context") for name in self._names() if name != "max_KLF"
         }
-        totals["max_KLF"] = torch.stack(ranks.gather_over(sums.max_KLF, "data")).amax(0)
+        totals["max_KLF"] = torch.stack(ranks.gather_over(sums.max_KLF, "data_context")).amax(0)
         if self._recorder.sequence_parallel:
             # In one order on all processes, as collectives must be.
             for name in (name for name in _HIDDEN_SUMS if name in totals):
@@ -355,9 +395,9 @@ class NeuronObserver:
         return totals
 
     def _tokens(self) -> torch.Tensor:
-        """int64 [K]: tokens counted, over all data-parallel ranks."""
+        """int64 [K]: tokens counted, over all data- and context-parallel ranks."""
         assert self._sums is not None
-        tokens_K = self._ranks.sum_over(self._sums.tokens_K, "data")
+        tokens_K = self._ranks.sum_over(self._sums.tokens_K, "data_context")
         # A stage that holds none of the layers asked for counts none; all others count the same.
         return torch.stack(self._ranks.gather_over(tokens_K, "pipeline")).amax(0)
 

@@ -14,6 +14,7 @@ from megatron_xalign.capture.probe import (
     ForwardOnly,
     ProbeSentence,
     build_probe_batches,
+    length_multiple,
     probe_arrays,
     probe_sha256,
     run_probe,
@@ -71,7 +72,7 @@ def capture_probe(
     recorder = Recorder(subject.points, ranks, subject.current_batch, layers=layers, defer_errors=True)
     batches = build_probe_batches(
         sentences, languages, subject.prefix_token, batch_tokens, subject.longest,
-        multiple_of=ranks.tensor_size if recorder.sequence_parallel else 1, limit=subject.longest_by,
+        multiple_of=length_multiple(recorder, ranks), limit=subject.longest_by,
     )
     result = run_probe(recorder, subject.forward_only, batches, len(sentences), len(languages), ranks)
     index = StatsIndex(

@@ -75,6 +75,18 @@ def probe_sha256(sentences: Sequence[ProbeSentence]) -> str:
     return digest.hexdigest()
 
 
+def length_multiple(recorder: Recorder, ranks: Ranks, local: int = 1) -> int:
+    """What the padded length of a probe batch must be a multiple of, so that every process has an equal part.
+
+    Args:
+        recorder: of the model.
+        ranks: this process's place.
+        local: what the tokens of a process must be a multiple of besides.
+    """
+    chunks = 2 if ranks.context_size > 1 else 1
+    return ranks.context_size * math.lcm(chunks, ranks.tensor_size if recorder.sequence_parallel else 1, local)
+
+
 def build_probe_batches(
     sentences: Sequence[ProbeSentence],
     languages: Sequence[str],
@@ -191,11 +203,12 @@ class SentenceMeans:
     ) -> None:
         layers, width = len(recorder.layers), recorder.neurons[1] - recorder.neurons[0]
         self.neuron_mean_DLF = torch.zeros(num_sentences, layers, width, device=device)
-        """float32 [D, L, F]; zero for sentences that other data-parallel ranks read."""
+        """float32 [D, L, F]; zero for sentences that other data-parallel ranks read; under context parallelism this
+        rank's tokens' part of the mean."""
         self.residual_mean_DMH = torch.zeros(
             num_sentences, len(recorder.residual_rows), recorder.hidden_size, device=device
         )
-        """float32 [D, M, H]; under sequence parallelism this rank's tokens' part of the mean."""
+        """float32 [D, M, H]; under sequence and context parallelism this rank's tokens' part of the mean."""
         self.gate_positive_KLF = torch.zeros(num_languages, layers, width, dtype=torch.int64, device=device)
         """int64 [K, L, F]: counted tokens at which the gate is above zero."""
         self._batches = batches
@@ -223,13 +236,14 @@ class SentenceMeans:
             return self._now
         # The loop may have moved the batch to the device, so it is known by its place in the order and by its content.
         expected = self._batches[micro_batch.number] if micro_batch.number < len(self._batches) else None
-        if expected is None or not torch.equal(expected.batch.tokens.to(batch.tokens.device), batch.tokens):
+        whole = micro_batch.whole
+        if expected is None or not torch.equal(expected.batch.tokens.to(whole.tokens.device), whole.tokens):
             raise XAlignError(
                 f"capture is shown a micro-batch that is not number {micro_batch.number} of the probe; no other "
                 "forward pass may run during a probe."
             )
         self._now = _Now(
-            batch, expected.rows_B.to(batch.tokens.device), (batch.language_ids >= 0).sum(1),
+            batch, expected.rows_B.to(batch.tokens.device), (whole.language_ids >= 0).sum(1),
             TokenGroups(batch.language_ids, self._num_languages),
         )
         return self._now
@@ -318,19 +332,21 @@ def run_probe(
             sums_B = torch.where(mask_BS > 0, loss_BS.double(), 0.0).sum(1)
             total_D[item.rows_B.to(ranks.device)] = sums_B.to(ranks.device)
         nll_D = ranks.sum_over(total_D, "data").cpu().numpy()
-    # Sentences of other data-parallel ranks are zero here, so these sums are exact. A layer at a time: bounded copies.
-    if ranks.data_size > 1:
+    # Sentences of other data-parallel ranks are zero here, so these sums are exact; over context-parallel ranks, which
+    # hold parts of the mean, they are rounded once. A layer at a time: bounded copies.
+    shared = ranks.size_of("data_context") > 1
+    if shared:
         for row in range(means.neuron_mean_DLF.shape[1]):
-            means.neuron_mean_DLF[:, row] = ranks.sum_over(means.neuron_mean_DLF[:, row], "data")
+            means.neuron_mean_DLF[:, row] = ranks.sum_over(means.neuron_mean_DLF[:, row], "data_context")
     for row in range(means.residual_mean_DMH.shape[1]):
         if recorder.sequence_parallel:
             means.residual_mean_DMH[:, row] = ranks.sum_over(means.residual_mean_DMH[:, row], "tensor")
-        if ranks.data_size > 1:
-            means.residual_mean_DMH[:, row] = ranks.sum_over(means.residual_mean_DMH[:, row], "data")
+        if shared:
+            means.residual_mean_DMH[:, row] = ranks.sum_over(means.residual_mean_DMH[:, row], "data_context")
     return ProbeResult(
         neuron_mean_DLF=means.neuron_mean_DLF.cpu().numpy(),
         residual_mean_DMH=means.residual_mean_DMH.cpu().numpy(),
-        gate_positive_KLF=ranks.sum_over(means.gate_positive_KLF, "data").cpu().numpy(),
+        gate_positive_KLF=ranks.sum_over(means.gate_positive_KLF, "data_context").cpu().numpy(),
         nll_D=nll_D,
     )
 

@@ -2,7 +2,8 @@
 
 What is handed over is defined in ``hook_points``. Each tensor-parallel rank sees its own columns of neurons and gates,
 of all tokens also under sequence parallelism. Of the residual stream and the attention output each rank sees all
-coordinates; under sequence parallelism those of its part of the tokens.
+coordinates; under sequence parallelism those of its part of the tokens. Under context parallelism a process sees of
+everything the tokens it holds, ``CurrentBatch.batch``.
 
 Hooks read detached tensors and change nothing, so training with and without them is the same to the last bit.
 """
@@ -30,11 +31,13 @@ class MicroBatch:
     """The micro-batch a tensor belongs to."""
 
     batch: Batch
-    """What went into the model."""
+    """What went into the model: under context parallelism this process's part of every sequence."""
+    whole: Batch
+    """Whole sequences."""
     number: int
     """How many micro-batches this layer has seen before it since listening began."""
     positions: slice
-    """Which positions of the sequence the tensor covers: all, or this rank's part under sequence parallelism."""
+    """Which positions of ``batch`` the tensor covers: all, or this rank's part under sequence parallelism."""
 
 
 class Listener(Protocol):
@@ -285,7 +288,7 @@ class Recorder:
         number = self._seen[what, row]
         self._seen[what, row] = number + 1
         self._last[what, row] = batch
-        return MicroBatch(batch, number, positions)
+        return MicroBatch(batch, self._current_batch.whole or batch, number, positions)
 
 
 def _tensor_of(output: Any, what: str, first_half: bool) -> torch.Tensor:

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_xalign.batch import Batch
+from megatron_xalign.batch import Batch, context_positions
 from megatron_xalign.capture.recorder import MicroBatch, Recorder
 from megatron_xalign.config import SampleConfig
-from megatron_xalign.topology import Ranks
+from megatron_xalign.topology import Axis, Ranks
 
 _NEVER = np.iinfo(np.int64).max
 _OUTSIDE = -1
@@ -32,6 +32,9 @@ class _Pending:
     """Tokens of a running micro-batch that may enter the sample."""
 
     batch: Batch
+    whole: Batch
+    position_S: torch.Tensor
+    """int64: where in the whole sequences the tokens of the batch are."""
     all_languages: torch.Tensor
     """int64: of all tokens of the micro-batch."""
     all_priorities: torch.Tensor
@@ -50,17 +53,18 @@ class NeuronSamples:
         config: which neurons, how many tokens.
         num_languages: K.
         recorder: what this process holds.
-        device: where everything is kept.
+        ranks: this process's place; everything is kept on its device.
     """
 
     wants_residual = False
 
-    def __init__(self, config: SampleConfig, num_languages: int, recorder: Recorder, device: torch.device) -> None:
+    def __init__(self, config: SampleConfig, num_languages: int, recorder: Recorder, ranks: Ranks) -> None:
         self.neurons = tuple(config.chosen)
         """(layer, neuron) of each of the N."""
         self.step = 0
         """The optimizer step the coming micro-batches belong to; set before each."""
-        self._config, self._num_languages, self._device = config, num_languages, device
+        self._config, self._num_languages, self._ranks = config, num_languages, ranks
+        self._device = device = ranks.device
         first, stop = recorder.neurons
         # Of each layer held here: places among the N, and columns of this process's activations.
         self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -88,6 +92,14 @@ class NeuronSamples:
         }
         self._pending: list[_Pending] = []
 
+    def copy(self) -> dict[str, torch.Tensor]:
+        """What is kept now, for ``put_back``."""
+        return {name: array.clone() for name, array in self.arrays.items()}
+
+    def put_back(self, before: dict[str, torch.Tensor]) -> None:
+        """Forget what came after ``copy``."""
+        self.arrays = before
+
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype, float | int]]:
         """Shape, type and empty value of each array."""
         tokens, top = self._config.tokens_per_language, self._config.top
@@ -111,7 +123,7 @@ class NeuronSamples:
 
     def take_neurons(self, row: int, act_SBF: torch.Tensor, micro_batch: MicroBatch) -> None:
         """Look at one micro-batch's activations of one layer."""
-        pending = self._pending_of(micro_batch.batch)
+        pending = self._pending_of(micro_batch)
         if row in self._own:
             places, columns = self._own[row]
             act_TN = act_SBF.flatten(0, 1).index_select(1, columns).float()
@@ -122,11 +134,15 @@ class NeuronSamples:
             self._pending.remove(pending)
             self._merge_sample(pending)
 
-    def _pending_of(self, batch: Batch) -> _Pending:
+    def _pending_of(self, micro_batch: MicroBatch) -> _Pending:
+        batch, whole = micro_batch.batch, micro_batch.whole
         for pending in self._pending:
             if pending.batch is batch:
                 return pending
-        language_T, priority_T = batch.language_ids.t().reshape(-1).long(), self._priorities(batch)
+        position_S = context_positions(whole.tokens.shape[1], self._ranks.context_rank, self._ranks.context_size)
+        position_S = position_S.to(self._device)
+        language_T = batch.language_ids.t().reshape(-1).long()
+        priority_T = self._priorities(whole)[:, position_S].t().reshape(-1)
         chosen = []
         for k in range(self._num_languages):
             candidates = torch.nonzero(language_T == k)[:, 0]
@@ -135,29 +151,29 @@ class NeuronSamples:
             chosen.append(candidates[order])
         place_T = torch.cat(chosen)
         pending = _Pending(
-            batch=batch, all_languages=language_T, all_priorities=priority_T, place_T=place_T,
-            context_TW=self._contexts(batch, place_T),
+            batch=batch, whole=whole, position_S=position_S, all_languages=language_T, all_priorities=priority_T,
+            place_T=place_T, context_TW=self._contexts(whole, position_S, place_T),
             act_TN=torch.zeros(len(place_T), len(self.neurons), device=self._device), layers_left=self._num_rows,
         )
         self._pending.append(pending)
         return pending
 
     def _priorities(self, batch: Batch) -> torch.Tensor:
-        """int64 [T], not negative and below the largest number, in the order of [S, B]."""
+        """int64 [B, S] of whole sequences, not negative and below the largest number."""
         length = batch.tokens.shape[1]
         # 64-bit arithmetic that wraps around: the same on every device.
         place_S = _mixed(torch.arange(1, length + 1, device=self._device) + _mixed(self._weights.to(self._device)))
         row_B = (_mixed(batch.tokens) * (place_S | 1)).sum(1)
         hashed_BS = _mixed(_mixed(row_B + self.step * 0x1F3D5B79)[:, None] + place_S)
-        return (hashed_BS & (_NEVER >> 1)).t().reshape(-1)
+        return hashed_BS & (_NEVER >> 1)
 
-    def _contexts(self, batch: Batch, place_T: torch.Tensor) -> torch.Tensor:
+    def _contexts(self, whole: Batch, position_S: torch.Tensor, place_T: torch.Tensor) -> torch.Tensor:
         """int64 [T, W]: the tokens around each, the token itself in the middle; -1 outside the row."""
-        batch_size, length = batch.tokens.shape
+        batch_size, length = whole.tokens.shape
         reach = torch.arange(-self._config.context_tokens, self._config.context_tokens + 1, device=self._device)
-        position_TW = (place_T // batch_size)[:, None] + reach
+        position_TW = position_S[place_T // batch_size][:, None] + reach
         inside = (position_TW >= 0) & (position_TW < length)
-        tokens = batch.tokens[(place_T % batch_size)[:, None], position_TW.clamp(0, length - 1)]
+        tokens = whole.tokens[(place_T % batch_size)[:, None], position_TW.clamp(0, length - 1)]
         return torch.where(inside, tokens, _OUTSIDE)
 
     def _merge_sample(self, pending: _Pending) -> None:
@@ -184,7 +200,7 @@ class NeuronSamples:
             "top_act_NE": best_EN.t(),
             "top_priority_NE": torch.where(torch.isinf(best_EN), _NEVER, priority_T[place_EN]).t(),
             "top_language_NE": torch.where(torch.isinf(best_EN), _OUTSIDE, language_T[place_EN]).t(),
-            "top_context_NEW": self._contexts(pending.batch, place_EN.t().reshape(-1)).reshape(
+            "top_context_NEW": self._contexts(pending.whole, pending.position_S, place_EN.t().reshape(-1)).reshape(
                 len(places), count, -1
             ),
         }
@@ -195,10 +211,11 @@ class NeuronSamples:
     def joined(self, ranks: Ranks) -> dict[str, torch.Tensor]:
         """The arrays of all processes as one, the same on each; every process of the job calls it."""
         arrays = self.arrays
-        for axis in ("tensor", "pipeline", "data"):
+        axes: tuple[Axis, ...] = ("tensor", "pipeline", "data_context")
+        for axis in axes:
             parts = {name: ranks.gather_over(array, axis) for name, array in arrays.items()}
             if len(parts["priority_KR"]) > 1:
-                arrays = self._join(parts, same_tokens=axis != "data")
+                arrays = self._join(parts, same_tokens=axis != "data_context")
         return arrays
 
     def set(self, arrays: Mapping[str, torch.Tensor]) -> None:

@@ -1,8 +1,10 @@
 """Measures of alignment at every probe, while the run goes on: what `xalign analyze` computes afterwards, in small.
 
+Of the training batches since the last probe LAPE is computed too.
+
 The measures themselves are handed in (``ScoreFunctions``), as rooms do not import one another. Each process scores the
-neurons it holds, data-parallel ranks an equal part each; counts alone travel, except that for LAPE, which ranks neurons
-of all layers together, the first process sees the counts of positive gates of all.
+neurons it holds, data- and context-parallel ranks an equal part each; counts alone travel, except that for LAPE, which
+ranks neurons of all layers together, the first process sees the counts of positive gates of all.
 """
 
 # D documents (probe sentences), P pairs, K languages, L captured layers, F ffn width, M = L + 1 residual rows, H width
@@ -88,7 +90,8 @@ def score_probe(
 
     def compute() -> None:
         width = result.neuron_mean_DLF.shape[2]
-        first, stop = (width * (ranks.data_rank + step) // ranks.data_size for step in (0, 1))
+        copies = ranks.size_of("data_context")
+        first, stop = (width * (ranks.data_context_rank + step) // copies for step in (0, 1))
         in_language = np.repeat(np.arange(len(probed)), rows_KP.shape[1])
         for row, layer in enumerate(recorder.layers):
             scores_DN = result.neuron_mean_DLF[rows_KP.ravel(), row, first:stop]
@@ -97,7 +100,7 @@ def score_probe(
                 ap_KL[k, places[layer]] = (precision_N >= AP_THRESHOLD).sum()
         if ranks.rank == 0:
             lape_KL[:] = _lape_counts(gates_KLF, sentences, languages, probed, functions)
-        if ranks.tensor_rank == 0 and ranks.data_rank == 0:
+        if ranks.tensor_rank == 0 and ranks.data_context_rank == 0:
             for row, number in enumerate(recorder.residual_rows):
                 place = 0 if number == 0 else places[number - 1] + 1
                 for pair, (one, other) in enumerate(pairs):
@@ -118,6 +121,49 @@ def score_probe(
         "cosine_gap": _means(named, gap_RM),
         "retrieval": _means(named, retrieval_RM),
     }
+
+
+def score_stream(
+    gate_positive_KLF: np.ndarray,
+    tokens_K: np.ndarray,
+    languages: Sequence[str],
+    recorder: Recorder,
+    captured: Sequence[int],
+    ranks: Ranks,
+    functions: ScoreFunctions,
+) -> dict[str, Any]:
+    """Score the training batches of a window; every process of the job calls it, and all get the same.
+
+    Args:
+        gate_positive_KLF: int64 [K, L, F]: positive gates of this process's layers and neurons, over all its tokens'
+            processes.
+        tokens_K: int64 [K]: tokens of each language, the same on every process.
+        languages: codes of the K languages.
+        recorder: what this process holds.
+        captured: captured layers over all processes, in order.
+        ranks: this process's place.
+        functions: the measures.
+
+    Returns:
+        ``lape_count_stream``: language -> ``{"all", "layers": [L]}``, of the languages that the window had tokens of;
+        empty if those are fewer than two.
+
+    Raises:
+        XAlignError: the measure could not be computed.
+    """
+    read = np.flatnonzero(tokens_K)
+    if len(read) < 2:
+        return {}
+    gates_KLF = _all_gates(gate_positive_KLF, recorder, {layer: place for place, layer in enumerate(captured)}, ranks)
+    lape_KL = np.zeros((len(read), len(captured)))
+
+    def compute() -> None:
+        if ranks.rank == 0:
+            lape_KL[:] = functions.lape_languages(gates_KLF[read], tokens_K[read]).sum(axis=2)
+
+    agree(ranks, error_of(compute))
+    lape_KL = ranks.sum_over(torch.from_numpy(lape_KL).to(ranks.device), "world").cpu().numpy()
+    return {"lape_count_stream": _counts([languages[int(k)] for k in read], lape_KL)}
 
 
 def append_scores(folder: str | Path, line: Mapping[str, Any]) -> None:

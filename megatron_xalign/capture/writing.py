@@ -76,7 +76,7 @@ def write_statistics(
     note = torch.zeros(1 + 32, dtype=torch.int64)
 
     def write() -> None:
-        if ranks.data_rank == 0:
+        if ranks.data_context_rank == 0:
             entry = write_shard(folder, shard)
             note.copy_(torch.tensor([entry.size_bytes, *bytes.fromhex(entry.sha256)], dtype=torch.int64))
 

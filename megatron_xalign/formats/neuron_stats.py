@@ -96,6 +96,8 @@ class StatsIndex:
     """Last optimizer step of the stream sums."""
     stream_interval_steps: int | None = None
     """Sums were taken at every n-th step of that window."""
+    stream_left_out_steps: tuple[int, ...] = ()
+    """Steps of that window whose update the run passed over (a loss that was no number); they are not in the sums."""
     stream_residual: bool = False
     """Whether the stream has sums of the residual stream too."""
     stream_attention: bool = False

@@ -157,9 +157,9 @@ def _whole_rows(loss_BS: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 def _forward(model: Any, whole: Batch, part: Batch, current_batch: CurrentBatch) -> torch.Tensor:
     """Loss per token [B, S] on the last stage, the residual stream on the others."""
-    current_batch.batch = part
+    current_batch.batch, current_batch.whole = part, whole
     try:
         loss_or_hidden: torch.Tensor = call_model(model, unwrap(model), whole, part)
     finally:
-        current_batch.batch = None
+        current_batch.batch = current_batch.whole = None
     return loss_or_hidden

@@ -2,15 +2,17 @@
 
     job.py FOLDER SCENARIO_JSON...
 
-A scenario is ``{"name", "tensor", "pipeline", "sequence_parallel", "recompute", "micro_batch", "capture", "naive",
-"resume_at", "stop_at", "checkpoint", "layers", "on_error", "fail", "intervene", "durable", "kill"}``; each leaves
+A scenario is ``{"name", "tensor", "pipeline", "virtual", "context", "sequence_parallel", "recompute", "micro_batch",
+"capture", "naive", "resume_at", "stop_at", "checkpoint", "layers", "on_error", "fail", "intervene", "durable", "kill",
+"dropout", "skip"}``; each leaves
 ``FOLDER/NAME/`` with the run's ``neurons/`` and, of the first process, ``outcome.npz``. ``stop_at`` ends a run in the
 middle of a window with a checkpoint in ``FOLDER/CHECKPOINT``, and a run with ``checkpoint`` and no ``stop_at`` goes
 on from there, on any layout. ``durable`` saves after every step and goes on from the newest checkpoint; ``kill`` ends
 it with SIGKILL in step 2: ``shard`` (half of the statistics written), ``statistics`` (all, no checkpoint yet) or
 ``checkpoint`` (both). ``fail`` makes capture fail in one process, in a hook or in writing. ``intervene`` leaves
 losses of the trained model with neurons and residual stream changed, in ``intervened.npz`` of the process that has
-the losses. ``naive`` collects raw activations with hooks of its own, the oracle of the others.
+the losses. ``naive`` collects raw activations with hooks of its own, the oracle of the others. In a run that is to
+``skip`` a step, the loss of that step is no number and its update is left out.
 """
 
 from __future__ import annotations
@@ -34,21 +36,36 @@ from megatron_xalign.config import RunConfig, from_tree
 from megatron_xalign.workflows.training import _score_functions
 
 LANGUAGES = ("eng_Latn", "fin_Latn")
-LAYERS, HIDDEN, FFN, VOCAB, LENGTH, GLOBAL_BATCH, STEPS, EOD = 2, 32, 48, 64, 16, 8, 3, 0
+LAYERS, HIDDEN, FFN, VOCAB, LENGTH, GLOBAL_BATCH, STEPS, EOD = 4, 32, 48, 64, 16, 8, 3, 0
 
 
-def sample(number: int) -> dict[str, np.ndarray]:
-    """Sample k of the run, whatever the layout: two documents of different languages, some tokens of none."""
-    rng = np.random.default_rng([17, number])
-    tokens = rng.integers(1, VOCAB, LENGTH + 1)
-    first = np.arange(LENGTH + 1) < rng.integers(0, LENGTH)
-    language_ids = np.where(first, number % 2, (number + 1) % 2).astype(np.int8)
-    language_ids[rng.random(LENGTH + 1) < 0.2] = -1
-    tokens[language_ids == -1] = EOD
+def stream() -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and languages of one document after another, some of two languages with tokens of none in between."""
+    rng = np.random.default_rng(17)
+    pieces: list[tuple[np.ndarray, list[int]]] = []
+    while sum(len(tokens) for tokens, _ in pieces) <= STEPS * GLOBAL_BATCH * LENGTH:
+        language, lengths = int(rng.integers(2)), rng.integers(1, 25, 2)
+        languages = [language] * lengths[0]
+        if rng.random() < 0.5:
+            languages += [-1, -1] + [1 - language] * lengths[1]
+        pieces.append((np.append(rng.integers(1, VOCAB, len(languages)), EOD), [*languages, -1]))
+    tokens, ids = zip(*pieces, strict=True)
+    return np.concatenate(tokens), np.concatenate(ids).astype(np.int8)
+
+
+def sample(number: int, skipped: int | None = None) -> dict[str, np.ndarray]:
+    """Sample k of the run, whatever the layout: the next tokens of the stream; every fifth one ends in padding."""
+    tokens, language_ids = (part[number * LENGTH : (number + 1) * LENGTH + 1].copy() for part in stream())
+    loss_mask, document_ids = np.ones(LENGTH, np.float32), np.cumsum(tokens[:-1] == EOD).astype(np.int32)
+    source_ids = np.zeros(LENGTH, np.int16)
+    if number % 5 == 4:
+        tokens[-6:], language_ids[-6:], loss_mask[-6:], document_ids[-6:], source_ids[-6:] = EOD, -1, 0, -1, -1
+    if skipped is not None and number // GLOBAL_BATCH == skipped - 1:
+        loss_mask *= np.nan
     return {
-        "tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": np.ones(LENGTH, np.float32),
+        "tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": loss_mask,
         "position_ids": np.arange(LENGTH), "language_ids": language_ids[:-1], "label_language_ids": language_ids[1:],
-        "source_ids": np.zeros(LENGTH, np.int16), "document_ids": np.zeros(LENGTH, np.int32),
+        "source_ids": source_ids, "document_ids": document_ids,
     }
 
 
@@ -73,6 +90,8 @@ def configure(folder: Path, scenario: dict[str, Any]) -> RunConfig:
             "parallel": {
                 "tensor_model_parallel_size": scenario.get("tensor", 1),
                 "pipeline_model_parallel_size": scenario.get("pipeline", 1),
+                "virtual_pipeline_model_parallel_size": scenario.get("virtual"),
+                "context_parallel_size": scenario.get("context", 1),
                 "sequence_parallel": scenario.get("sequence_parallel", False), "distributed_timeout_seconds": 60,
             },
             # A large epsilon: Adam would else blow up the last digits, in which layouts differ.
@@ -81,13 +100,15 @@ def configure(folder: Path, scenario: dict[str, Any]) -> RunConfig:
             "training": {
                 "train_steps": STEPS, "global_batch_size": GLOBAL_BATCH, "micro_batch_size": scenario["micro_batch"],
                 "recompute": scenario.get("recompute", "none"),
+                "recompute_modules": ["core_attn", "mlp"],
+                "nonfinite_policy": "skip" if "skip" in scenario else "stop",
                 "save_interval_steps": 1 if scenario.get("durable") else 2,
             },
             # Files at steps 0, 2 and 3: the interval and the last step.
             "capture": {
                 "probe_interval_steps": 2, "probe_batch_tokens": 48, "stream_residual": True, "stream_attention": True,
                 "sample": {
-                    "neurons": {"0": [1, 47], "1": [30, 2]} if "layers" not in scenario else {"1": [30, 2]},
+                    "neurons": {"0": [1, 47], "2": [30, 2]} if "layers" not in scenario else {"1": [30, 2]},
                     "tokens_per_language": 6, "top": 4, "context_tokens": 3,
                 },
                 "layers": scenario.get("layers"), "on_error": scenario.get("on_error", "stop"),
@@ -200,13 +221,13 @@ def intervene(chunks: Any, ranks: topology.Ranks, forward_only: Any, folder: Pat
     points, batch = megatron_points(chunks, ranks), collate([sample(number) for number in range(4)])
     vector = np.random.default_rng(9).normal(size=HIDDEN).astype(np.float32)
     # Neurons on both tensor-parallel ranks, layers on both stages.
-    neurons = {0: [1, FFN - 1, 30], 1: list(range(0, FFN, 5))}
+    neurons = {0: [1, FFN - 1, 30], 3: list(range(0, FFN, 5))}
     cases = {
         "plain": [],
         "zero": [interventions.zero_neurons(points, neurons)],
         "scale": [interventions.scale_neurons(points, neurons, -3.0)],
         "clamp": [interventions.clamp_neurons(points, neurons, 0.5, 0.5)],
-        "add": [interventions.add_to_residual(points, {-1: vector, 0: -2 * vector, 1: vector}, 0.5)],
+        "add": [interventions.add_to_residual(points, {-1: vector, 0: -2 * vector, 3: vector}, 0.5)],
         "add and keep": [interventions.add_to_residual(points, {0: vector}, 2.0, keep_norm=True)],
         "both": [
             interventions.zero_neurons(points, neurons), interventions.add_to_residual(points, {0: vector}),
@@ -228,14 +249,19 @@ def intervene(chunks: Any, ranks: topology.Ranks, forward_only: Any, folder: Pat
 def run(config: RunConfig, ranks: topology.Ranks, scenario: dict[str, Any]) -> None:
     from megatron_xalign.training import checkpoint
     from megatron_xalign.training.forward import build_forward_only
+    from megatron_xalign.training.guard import build_guard
     from megatron_xalign.training.loop import fit
     from megatron_xalign.training.model import build_model
     from megatron_xalign.training.optimizer import build_optimizer
 
     chunks = build_model(
         config.model, padded_vocab_size=VOCAB, seq_length=LENGTH, parallel=config.parallel, params_dtype="fp32",
-        recompute=config.training.recompute, ranks=ranks, seed=config.seed,
+        recompute=config.training.recompute, ranks=ranks, seed=config.seed, training=config.training,
     )
+    for chunk in chunks:
+        for module in chunk.modules():
+            if hasattr(module, "hidden_dropout"):  # no setting of this project asks for it; its random state is watched
+                module.hidden_dropout = scenario.get("dropout", 0.0)
     optimizer = build_optimizer(
         chunks, config.optimizer, parallel=config.parallel, params_dtype="fp32", train_steps=STEPS
     )
@@ -279,10 +305,10 @@ def run(config: RunConfig, ranks: topology.Ranks, scenario: dict[str, Any]) -> N
         if scenario.get("naive"):
             observers.append(Naive(chunks[0], outcome))
         line = fit(
-            chunks, optimizer, lambda numbers: collate([sample(number) for number in numbers]),
+            chunks, optimizer, lambda numbers: collate([sample(number, scenario.get("skip")) for number in numbers]),
             dataclasses.replace(config.training, train_steps=stop_step), ranks, metrics_path=folder / "metrics.jsonl",
             save=save, languages=LANGUAGES, source_names=["source"], observers=observers,
-            current_batch=current, start_step=start_step,
+            current_batch=current, start_step=start_step, guard=build_guard(config.training, ranks),
         )
         outcome["loss"], outcome["grad_norm"] = np.array(line["loss"]), np.array(line["grad_norm"])
 

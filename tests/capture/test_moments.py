@@ -54,7 +54,7 @@ def test_sums_per_language_are_those_of_a_loop_over_tokens(
     before = [act.clone() for act in acts]
     sums = StreamSums(LANGUAGES, 1, WIDTH, torch.device("cpu"))
     for number, (batch, act, gate) in enumerate(zip(batches, acts, gates, strict=True)):
-        micro_batch = MicroBatch(batch, number, slice(0, LENGTH))
+        micro_batch = MicroBatch(batch, batch, number, slice(0, LENGTH))
         sums.take_gates(0, gate, micro_batch)
         sums.take_neurons(0, act, micro_batch)
     expected = numpy_oracle(acts, gates, [batch.language_ids for batch in batches])
@@ -87,7 +87,7 @@ def test_what_is_not_a_number_is_not_hidden_and_stays_with_its_language() -> Non
     act = torch.ones(LENGTH, 3, WIDTH)
     act[4, 1, 2], act[5, 2, 3] = torch.nan, torch.nan  # the second one belongs to no language
     sums = StreamSums(2, 1, WIDTH, torch.device("cpu"))
-    sums.take_neurons(0, act, MicroBatch(batch, 0, slice(0, LENGTH)))
+    sums.take_neurons(0, act, MicroBatch(batch, batch, 0, slice(0, LENGTH)))
     for name in ("sum_KLF", "sum_of_squares_KLF", "max_KLF"):
         assert torch.isnan(getattr(sums, name)[:, 0]).nonzero().tolist() == [[0, 2]], name
 
@@ -97,7 +97,7 @@ def test_reset_begins_again_at_zero() -> None:
     act = torch.randn(LENGTH, 3, WIDTH)
     sums = StreamSums(LANGUAGES, 1, WIDTH, torch.device("cpu"))
     empty = {name: value.clone() for name, value in vars(sums).items() if isinstance(value, torch.Tensor)}
-    micro_batch = MicroBatch(batch, 0, slice(0, LENGTH))
+    micro_batch = MicroBatch(batch, batch, 0, slice(0, LENGTH))
     sums.take_gates(0, act, micro_batch)
     sums.take_neurons(0, act, micro_batch)
     assert sums.tokens_K.sum() > 0

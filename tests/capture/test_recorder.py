@@ -122,7 +122,6 @@ def test_hooks_are_there_only_while_listening() -> None:
     [
         ("use_transformer_engine_op_fuser", True), ("cuda_graph_impl", "local"), ("enable_cuda_graph", True),
         ("mlp_chunks_for_training", 2), ("num_moe_experts", 4), ("gated_linear_unit", False),
-        ("context_parallel_size", 2),
     ],
 )
 def test_a_setting_that_hides_or_repeats_neurons_is_refused_by_name(name: str, value: Any) -> None:

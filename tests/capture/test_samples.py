@@ -20,7 +20,7 @@ CONFIG = SampleConfig(neurons={"0": (3,), "2": (0, FFN - 1)}, tokens_per_languag
 def sampled(batches: list[Batch], config: SampleConfig = CONFIG, steps: int = 1) -> NeuronSamples:
     model, current = Model(), CurrentBatch()
     recorder = Recorder([model], ONE_PROCESS, current)
-    samples = NeuronSamples(config, 2, recorder, torch.device("cpu"))
+    samples = NeuronSamples(config, 2, recorder, ONE_PROCESS)
     per_step = len(batches) // steps
     for step in range(steps):
         samples.step = step + 1

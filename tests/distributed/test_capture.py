@@ -22,7 +22,7 @@ from megatron_xalign.formats.neuron_stats import NeuronStats, list_neuron_stats,
 pytestmark = pytest.mark.distributed
 
 JOB = Path(__file__).parents[1] / "capture" / "job.py"
-LAYERS, FFN = 2, 48
+FFN = 48
 # Steps of the stream window of every file.
 WINDOWS = {2: (1, 2), 3: (3,)}
 Outcome = dict[str, np.ndarray]
@@ -55,6 +55,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"name": "off", "micro_batch": 2, "capture": False},
         {"name": "on", "micro_batch": 2},
         {"name": "recompute", "micro_batch": 2, "recompute": "full"},
+        {"name": "selective recompute", "micro_batch": 4, "recompute": "selective"},
+        {"name": "dropout on", "micro_batch": 2, "dropout": 0.3},
+        {"name": "dropout off", "micro_batch": 2, "dropout": 0.3, "capture": False},
+        {"name": "skipped", "micro_batch": 2, "skip": 2},
         {"name": "resumed", "micro_batch": 2, "resume_at": 2},
         {"name": "resumed in a window", "micro_batch": 2, "resume_at": 1},
         {"name": "stopped", "micro_batch": 2, "stop_at": 1, "checkpoint": "saved"},
@@ -82,13 +86,14 @@ def assert_counts(actual_KF: np.ndarray, values_SBF: np.ndarray, ids_SB: np.ndar
         assert (np.abs(count_F - (values_TF > 0).sum(0)) <= near_F).all()
 
 
-def assert_stream(stats: NeuronStats, naive: Outcome) -> None:
-    steps = WINDOWS[stats.step]
-    assert (stats.index.stream_first_step, stats.index.stream_last_step) == (steps[0], steps[-1])
+def assert_stream(stats: NeuronStats, naive: Outcome, steps: tuple[int, ...] = ()) -> None:
+    window = WINDOWS[stats.step]
+    assert (stats.index.stream_first_step, stats.index.stream_last_step) == (window[0], window[-1])
+    steps = steps or window
     ids_SB = np.concatenate([naive[f"step{step}_language_ids"].T for step in steps])
     tokens = [(ids_SB == k).sum() for k in range(2)]
     np.testing.assert_array_equal(stats.stream_tokens_K, tokens)
-    assert (ids_SB == -1).sum() > 20
+    assert (ids_SB == -1).sum() > 12 * len(steps)
     kinds = [("residual", "MH", [0, *(layer + 1 for layer in stats.layers)]), ("attention", "LH", stats.layers)]
     for kind, axes, numbers in kinds:
         for place, number in enumerate(numbers):
@@ -144,16 +149,33 @@ def assert_like_naive(run: Path, naive: Outcome) -> None:
             assert_stream(stats, naive)
 
 
-@pytest.mark.parametrize("name", ["whole", "on", "recompute", "one layer"])
+@pytest.mark.parametrize("name", ["whole", "on", "recompute", "selective recompute", "one layer"])
 def test_one_process_captures_what_naive_hooks_collect(alone: Path, naive: Outcome, name: str) -> None:
-    """In one micro-batch, in four, with every forward running twice, and of one layer alone."""
+    """In one micro-batch, in four, with every forward or parts of it running twice, and of one layer alone."""
     assert_like_naive(alone / name, naive)
 
 
-def test_training_is_the_same_bits_with_capture_on_and_off(alone: Path) -> None:
-    on, off = outcome_of(alone / "on"), outcome_of(alone / "off")
+@pytest.mark.parametrize("names", [("on", "off"), ("dropout on", "dropout off")])
+def test_training_is_the_same_bits_with_capture_on_and_off(alone: Path, names: tuple[str, str]) -> None:
+    """With sums, samples, scores and probes; and where training draws random numbers in between."""
+    on, off = (outcome_of(alone / name) for name in names)
     assert on["weights"].tobytes() == off["weights"].tobytes()
     assert on["loss"] == off["loss"] and on["grad_norm"] == off["grad_norm"]
+    assert (outcome_of(alone / "on")["loss"] == on["loss"]) == (names[0] == "on")
+
+
+def test_a_step_that_was_passed_over_is_in_no_sum_and_no_sample(alone: Path, naive: Outcome) -> None:
+    stats = read_neuron_stats(stats_folder(alone / "skipped", 2))
+    assert (stats.index.stream_first_step, stats.index.stream_last_step) == (1, 2)
+    assert stats.index.stream_left_out_steps == (2,)
+    assert_stream(stats, naive, steps=(1,))
+    samples = read_samples(samples_path(alone / "skipped", 2))
+    rows = {tuple(sample(number)["tokens"].tolist()) for number in range(8)}
+    for layer, neuron in samples.neurons:
+        for example in [*samples.top(layer, neuron), *samples.sample(layer, neuron)]:
+            seen = (*example.before, example.token, *example.after)
+            assert any(seen == row[at : at + len(seen)] for row in rows for at in range(len(row)))
+    assert not read_neuron_stats(stats_folder(alone / "skipped", 3)).index.stream_left_out_steps
 
 
 @pytest.mark.parametrize("name", ["resumed", "resumed in a window"])
@@ -190,6 +212,19 @@ def test_kills_between_statistics_and_checkpoint_count_nothing_twice(alone: Path
     assert not list((tmp_path / "killed" / "neurons").glob(".*"))
 
 
+def test_two_data_parallel_processes_killed_between_statistics_and_checkpoint_count_nothing_twice(
+    two: Path, tmp_path: Path
+) -> None:
+    scenario = {"name": "killed", "micro_batch": 2, "durable": True}
+    run_job(tmp_path, 2, scenario | {"kill": "statistics"}, expected=1)
+    assert [step for step, _ in list_neuron_stats(tmp_path / "killed")] == [0, 2]
+    run_job(tmp_path, 2, scenario)
+    for step in (0, 2, 3):
+        never, killed = (stats_folder(run, step) for run in (two / "data parallel, durable", tmp_path / "killed"))
+        shard = "shard-tp0-pp0.safetensors"
+        assert (never / shard).read_bytes() == (killed / shard).read_bytes()
+
+
 def test_no_hook_is_left_after_training(alone: Path) -> None:
     assert outcome_of(alone / "on")["hooks"] == outcome_of(alone / "off")["hooks"]
 
@@ -202,6 +237,10 @@ TWO_PROCESSES: tuple[dict[str, Any], ...] = (
     },
     {"name": "pipeline", "pipeline": 2, "micro_batch": 2, "intervene": True},
     {"name": "data parallel", "micro_batch": 2},
+    {"name": "interleaved", "pipeline": 2, "virtual": 2, "micro_batch": 2, "intervene": True},
+    {"name": "context parallel", "context": 2, "micro_batch": 2, "intervene": True},
+    {"name": "context parallel, recompute", "context": 2, "micro_batch": 4, "recompute": "full"},
+    {"name": "data parallel, durable", "micro_batch": 2, "durable": True, "checkpoint": "saved durable"},
     {"name": "pipeline, one layer", "pipeline": 2, "micro_batch": 2, "layers": [1]},
     # Checkpoints in the middle of a window of sums, read by another layout.
     {"name": "stopped tp2", "stop_at": 1, "checkpoint": "saved tp2", "tensor": 2, "micro_batch": 4},
@@ -209,6 +248,9 @@ TWO_PROCESSES: tuple[dict[str, Any], ...] = (
     {"name": "stopped pp2", "stop_at": 1, "checkpoint": "saved pp2", "pipeline": 2, "micro_batch": 2},
     {"name": "pp2 to dp2", "checkpoint": "saved pp2", "micro_batch": 2},
     {"name": "stopped dp2", "stop_at": 1, "checkpoint": "saved dp2", "micro_batch": 2},
+    {"name": "dp2 to cp2", "checkpoint": "saved dp2", "context": 2, "micro_batch": 4},
+    {"name": "stopped cp2", "stop_at": 1, "checkpoint": "saved cp2", "context": 2, "micro_batch": 2},
+    {"name": "cp2 to interleaved", "checkpoint": "saved cp2", "pipeline": 2, "virtual": 2, "micro_batch": 2},
     {"name": "dp2 to tp2 sp", "checkpoint": "saved dp2", "tensor": 2, "sequence_parallel": True, "micro_batch": 4},
     {
         "name": "stopped sp", "stop_at": 1, "checkpoint": "saved sp", "tensor": 2, "sequence_parallel": True,
@@ -240,6 +282,12 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "recompute": "full", "intervene": True,
         },
         {"name": "tp2 dp2", "tensor": 2, "micro_batch": 1},
+        {"name": "tp2 pp2", "tensor": 2, "pipeline": 2, "micro_batch": 2},
+        {
+            "name": "cp2 tp2 sp", "context": 2, "tensor": 2, "sequence_parallel": True, "micro_batch": 4,
+            "recompute": "selective",
+        },
+        {"name": "cp2 dp2, all saved", "context": 2, "micro_batch": 2, "durable": True, "checkpoint": "saved cp2 dp2"},
     )
     return folder
 
@@ -255,6 +303,10 @@ def shards_of(run: Path) -> set[str]:
         ("sequence parallel, recompute", {"tp0-pp0", "tp1-pp0"}),
         ("pipeline", {"tp0-pp0", "tp0-pp1"}),
         ("data parallel", {"tp0-pp0"}),
+        ("data parallel, durable", {"tp0-pp0"}),
+        ("interleaved", {"tp0-pp0", "tp0-pp1"}),
+        ("context parallel", {"tp0-pp0"}),
+        ("context parallel, recompute", {"tp0-pp0"}),
         ("pipeline, one layer", {"tp0-pp0", "tp0-pp1"}),
     ],
 )
@@ -268,6 +320,9 @@ def test_two_processes_capture_what_one_collects(two: Path, naive: Outcome, name
     [
         ("tp2 sp pp2, recompute", {"tp0-pp0", "tp0-pp1", "tp1-pp0", "tp1-pp1"}),
         ("tp2 dp2", {"tp0-pp0", "tp1-pp0"}),
+        ("tp2 pp2", {"tp0-pp0", "tp0-pp1", "tp1-pp0", "tp1-pp1"}),
+        ("cp2 tp2 sp", {"tp0-pp0", "tp1-pp0"}),
+        ("cp2 dp2, all saved", {"tp0-pp0"}),
     ],
 )
 def test_four_processes_capture_what_one_collects(four: Path, naive: Outcome, name: str, shards: set[str]) -> None:
@@ -275,7 +330,9 @@ def test_four_processes_capture_what_one_collects(four: Path, naive: Outcome, na
     assert_like_naive(four / name, naive)
 
 
-@pytest.mark.parametrize("name", ["tp2 to pp2", "pp2 to dp2", "dp2 to tp2 sp", "sp to dp2"])
+@pytest.mark.parametrize(
+    "name", ["tp2 to pp2", "pp2 to dp2", "dp2 to tp2 sp", "sp to dp2", "dp2 to cp2", "cp2 to interleaved"]
+)
 def test_sums_of_a_cut_window_go_on_under_another_layout(two: Path, naive: Outcome, name: str) -> None:
     found = list_neuron_stats(two / name)
     assert [step for step, _ in found] == [2, 3]
@@ -310,7 +367,8 @@ def test_interventions_are_the_same_under_every_layout_and_leave_nothing_behind(
         assert np.abs(one[name] - one["plain"]).max() > 1e-3, name
     assert len({one[name].tobytes() for name in changed}) == len(changed)
     np.testing.assert_array_equal(one["plain"], one["plain again"])
-    runs = [two / "tensor parallel", two / "sequence parallel, recompute", two / "pipeline"]
+    names = ("tensor parallel", "sequence parallel, recompute", "pipeline", "interleaved", "context parallel")
+    runs = [two / name for name in names]
     for run in [*runs, four / "tp2 sp pp2, recompute"]:
         other = intervened(run)
         assert other.keys() == one.keys()
@@ -322,7 +380,7 @@ def test_interventions_are_the_same_under_every_layout_and_leave_nothing_behind(
     "name",
     [
         "tensor parallel", "sequence parallel, recompute", "pipeline", "data parallel", "tp2 to pp2", "pp2 to dp2",
-        "dp2 to tp2 sp", "pipeline, one layer",
+        "dp2 to tp2 sp", "pipeline, one layer", "interleaved", "context parallel", "dp2 to cp2", "cp2 to interleaved",
     ],
 )
 def test_samples_are_the_same_tokens_under_every_layout(alone: Path, two: Path, name: str) -> None:
@@ -356,7 +414,10 @@ def test_the_top_of_a_neuron_are_the_largest_activations_with_their_text(alone: 
             assert any(sample(b)["tokens"][s] == example.token for s, b in where)
 
 
-@pytest.mark.parametrize("name", ["tensor parallel", "sequence parallel, recompute", "pipeline", "data parallel"])
+@pytest.mark.parametrize(
+    "name",
+    ["tensor parallel", "sequence parallel, recompute", "pipeline", "data parallel", "interleaved", "context parallel"],
+)
 def test_scores_in_the_log_are_the_same_under_every_layout(alone: Path, two: Path, name: str) -> None:
     def scores_of(run: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
@@ -372,3 +433,5 @@ def test_scores_in_the_log_are_the_same_under_every_layout(alone: Path, two: Pat
         gaps = [line["cosine_gap"]["eng_Latn-fin_Latn"]["layers"] for line in (ours, theirs)]
         np.testing.assert_allclose(*gaps, atol=1e-5)
         assert ours["retrieval"] == theirs["retrieval"] and ours["lape_count"] == theirs["lape_count"]
+        assert ours.get("lape_count_stream") == theirs.get("lape_count_stream")
+        assert ("lape_count_stream" in ours) == (ours["step"] > 0)
