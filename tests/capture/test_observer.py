@@ -13,10 +13,12 @@ from sklearn.metrics import average_precision_score
 
 from megatron_xalign.analysis.neurons import lape
 from megatron_xalign.batch import Batch, CurrentBatch
+from megatron_xalign.batch_sizes import batch_sizes
 from megatron_xalign.capture.observer import NeuronObserver
 from megatron_xalign.capture.probe import ProbeSentence
-from megatron_xalign.config import CaptureConfig, DataConfig, RunConfig, TrainingConfig
+from megatron_xalign.config import CaptureConfig, DataConfig, RunConfig, SampleConfig, TrainingConfig
 from megatron_xalign.errors import ConfigError, FormatError, XAlignError
+from megatron_xalign.formats.neuron_samples import read_samples, samples_path
 from megatron_xalign.formats.neuron_stats import list_neuron_stats, read_neuron_stats
 from megatron_xalign.training.trackers import flat
 from megatron_xalign.workflows.training import _score_functions
@@ -30,13 +32,18 @@ SENTENCES = [
 
 def run(
     folder: Path, steps: int, probe: list[ProbeSentence] = SENTENCES, model: Model | None = None, score: Any = None,
-    **capture: Any,
+    rampup: tuple[int, ...] = (), poisoned: int | None = None, back_to: int | None = None, **capture: Any,
 ) -> list[dict[str, Any]]:
-    """A training loop in small: two micro-batches of 2 samples a step, the weights doubled at each."""
+    """A training loop in small: two micro-batches of 2 samples a step, the weights doubled at each.
+
+    In step ``poisoned`` the activations are no numbers and its update is passed over; where ``back_to`` is given, the
+    run then goes back to what it kept after that step.
+    """
     config = RunConfig(
         output_dir=str(folder), capture=CaptureConfig(**capture), data=DataConfig(seq_length=LENGTH),
         training=TrainingConfig(
-            train_steps=steps, global_batch_size=4, micro_batch_size=2,
+            train_steps=steps, global_batch_size=4, micro_batch_size=2, rampup_batch_size=rampup,
+            nonfinite_policy="stop" if poisoned is None else "skip" if back_to is None else "rewind",
         ),
     )
     model, current = model or Model(), CurrentBatch()
@@ -54,14 +61,24 @@ def run(
         languages=LANGUAGES, eod_id=0, score=score,
     )
     heard: list[dict[str, Any]] = []
+    sizes, kept = batch_sizes(config.training), {}
     try:
-        for step in range(steps):
+        for step in range(sizes.num_steps):
             observer.before_step(step)
-            train_on(model, make_batches(step + 1, [2, 2]), current)
+            weights = model.embedding.weight.detach().clone()
             with torch.no_grad():
-                model.embedding.weight *= 2
+                model.embedding.weight *= torch.nan if step + 1 == poisoned else 1
+            train_on(model, make_batches(step + 1, [2] * (sizes.size_of(step) // 2)), current)
             heard.append({"step": step + 1})
+            with torch.no_grad():
+                model.embedding.weight.copy_(weights * (1 if step + 1 == poisoned else 2))
+            if step + 1 == poisoned:
+                heard[-1]["passed_over"] = True
+                if back_to is not None:
+                    observer.restore(kept[back_to])
             observer.after_step(step + 1, heard[-1])
+            kept[step + 1] = observer.state()
+            observer.restore(kept[step + 1])
     finally:
         observer.close()
     return heard
@@ -105,6 +122,45 @@ def test_every_third_step_is_summed_when_asked(tmp_path: Path) -> None:
     np.testing.assert_array_equal(first.stream_tokens_K, tokens_of(3))
     np.testing.assert_array_equal(second.stream_tokens_K, tokens_of(6))
     assert second.index.stream_interval_steps == 3
+
+
+def test_steps_that_grow_are_counted_as_they_are(tmp_path: Path) -> None:
+    """Five full batches in seven steps: four of 2 samples, then the full ones."""
+    run(tmp_path, steps=5, rampup=(2, 2, 8), probe_interval_steps=4)
+    stats = {step: read_neuron_stats(path) for step, path in list_neuron_stats(tmp_path)}
+    assert list(stats) == [0, 4, 7]
+    assert [found.consumed_tokens for found in stats.values()] == [0, 8 * LENGTH, 20 * LENGTH]
+    small = [torch.cat([batch.language_ids for batch in make_batches(step, [2])]) for step in (1, 2, 3, 4)]
+    expected = [sum(int((ids == k).sum()) for ids in small) for k in range(2)]
+    np.testing.assert_array_equal(stats[4].stream_tokens_K, expected)
+    np.testing.assert_array_equal(stats[7].stream_tokens_K, sum(tokens_of(step) for step in (5, 6, 7)))
+
+
+@pytest.mark.parametrize("back_to", [None, 3])
+def test_what_is_no_number_in_a_step_that_is_passed_over_leaves_no_trace(tmp_path: Path, back_to: int | None) -> None:
+    """Steps 3 and 4 are a window; step 5 is bad, in the middle of the next. Going back, steps 4 and 5 are undone."""
+    sample: dict[str, Any] = {"sample": SampleConfig(neurons={"1": (3, 5)}, tokens_per_language=9)}
+    run(tmp_path, steps=6, probe_interval_steps=3, poisoned=5, back_to=back_to, **sample)
+    first, second = (read_neuron_stats(tmp_path / "neurons" / f"step-{step:06d}") for step in (3, 6))
+    assert first.index.stream_left_out_steps == ()
+    if back_to is None:
+        assert (second.index.stream_first_step, second.index.stream_left_out_steps) == (4, (5,))
+        np.testing.assert_array_equal(second.stream_tokens_K, tokens_of(4) + tokens_of(6))
+    else:  # the checkpoint of step 3 was between two windows
+        assert (second.index.stream_first_step, second.index.stream_left_out_steps) == (6, ())
+        np.testing.assert_array_equal(second.stream_tokens_K, tokens_of(6))
+    for name in ("stream_sum_KLF", "stream_sum_of_squares_KLF", "stream_max_KLF"):
+        assert np.isfinite(getattr(second, name)).all()
+    kept = read_samples(samples_path(tmp_path, 6))
+    assert np.isfinite(kept.arrays["act_KRN"]).all() and np.isfinite(kept.arrays["top_act_NE"]).all()
+
+
+def test_going_back_into_a_window_takes_its_sums_and_names_what_is_undone(tmp_path: Path) -> None:
+    run(tmp_path, steps=6, probe_interval_steps=6, poisoned=5, back_to=3)
+    stats = read_neuron_stats(tmp_path / "neurons" / "step-000006")
+    assert (stats.index.stream_first_step, stats.index.stream_left_out_steps) == (1, (4, 5))
+    np.testing.assert_array_equal(stats.stream_tokens_K, sum(tokens_of(step) for step in (1, 2, 3, 6)))
+    assert np.isfinite(stats.stream_sum_KLF).all()
 
 
 def test_the_stream_alone_and_the_probe_alone_can_be_captured(tmp_path: Path) -> None:
@@ -184,6 +240,20 @@ def test_scores_of_every_probe_are_those_of_the_statistics_written(tmp_path: Pat
     assert for_trackers["scores/cosine_gap/eng_Latn-fin_Latn/layer_input"] == gaps["layers"][0]
     assert for_trackers["scores/cosine_gap/eng_Latn-fin_Latn/layer_02"] == gaps["layers"][3]
     assert len(for_trackers) == 2 * 2 * (1 + LAYERS) + 2 * (2 + LAYERS)
+
+
+def test_lape_of_the_training_batches_is_logged_with_and_without_a_probe(tmp_path: Path) -> None:
+    for name, probe in (("probe", many_sentences()), ("none", [])):
+        heard = run(tmp_path / name, steps=4, probe=probe, score=_score_functions(), probe_interval_steps=2)
+        lines = [json.loads(line) for line in (tmp_path / name / "scores.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == ([0, 2, 4] if probe else [2, 4])
+        for line in lines[-2:]:
+            stats = read_neuron_stats(tmp_path / name / "neurons" / f"step-{line['step']:06d}")
+            found = lape(stats.stream_gate_positive_KLF, stats.stream_tokens_K).languages_of
+            assert [line["lape_count_stream"][code]["layers"] for code in LANGUAGES] == found.sum(2).tolist()
+        assert ("lape_count" in lines[-1]) == bool(probe)
+        numbers = dict(flat({"scores": heard[-1]["scores"]}))
+        assert numbers["scores/lape_count_stream/eng_Latn/all"] == lines[-1]["lape_count_stream"]["eng_Latn"]["all"]
 
 
 def test_scores_done_again_replace_those_of_a_killed_run(tmp_path: Path) -> None:
