@@ -92,8 +92,9 @@ class BlendReader:
             FormatError: a token file is damaged.
         """
         numbers = np.ascontiguousarray(samples, dtype=np.int64)
-        filled = out
-        if out is None:
+        if out is not None:
+            filled = out
+        else:
             shape = (len(numbers), self.seq_length)
             out = {name: np.empty(shape, dtype=dtype) for name, dtype in FIELDS.items()}
             filled = dict(out)
