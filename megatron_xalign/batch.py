@@ -33,7 +33,7 @@ class Batch:
     source_ids: torch.Tensor
     """int16 [B, S]: source of each token, an index into ``data.sources``; -1 for padding and probes."""
     document_ids: torch.Tensor
-    """int32 [B, S]: which document of its row a token is of, counting from 0; -1 for padding and probes."""
+    """int32 [B, S]: which document of its row a token is of, counting from 0; -1 for padding of training samples."""
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Batch:

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_xalign"
 ROOMS = ("data", "training", "capture", "analysis", "steering", "report", "convert", "evaluation")
 FLOOR = (
-    "errors", "config", "batch", "batch_sizes", "progress", "signals", "names", "topology", "platform", "formats",
+    "errors", "config", "batch", "batch_sizes", "progress", "signals", "names", "residual", "topology", "platform",
+    "formats",
     "_native",
     "__version__",
 )

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from megatron_xalign.capture.hook_points import ModelPoints
+from megatron_xalign.residual import change_output, pushed
 
 Neurons = Mapping[int, Sequence[int] | np.ndarray]
 """Layer, 0-based, to indices of neurons, global over tensor-parallel ranks."""
@@ -93,30 +94,24 @@ def add_to_residual(
             raise ValueError(
                 f"a vector of shape {tuple(vector.shape)}; the residual stream is {points.hidden_size} wide."
             )
-    moved: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
 
     def change_at(layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        vector_H = torch.as_tensor(vectors[layer]) * strength
+        push_H = torch.as_tensor(vectors[layer]) * strength
 
         def change(hidden_SBH: torch.Tensor) -> torch.Tensor:
-            key = (layer, hidden_SBH.device, hidden_SBH.dtype)
-            if key not in moved:
-                moved[key] = vector_H.to(device=hidden_SBH.device, dtype=hidden_SBH.dtype)
-            changed_SBH = hidden_SBH + moved[key]
-            if not keep_norm:
-                return changed_SBH
-            lengths = [values.norm(dim=-1, keepdim=True) for values in (hidden_SBH, changed_SBH)]
-            return changed_SBH * (lengths[0] / lengths[1].clamp_min(torch.finfo(hidden_SBH.dtype).tiny))
+            nonlocal push_H
+            push_H = push_H.to(hidden_SBH.device)
+            return pushed(hidden_SBH, push_H, keep_norm)
 
         return change
 
     with ExitStack() as hooks:
         if -1 in vectors and points.embedding is not None:
             module, side = points.embedding
-            hooks.callback((_on_output if side == "output" else _on_input)(module, change_at(-1)).remove)
+            hooks.callback((change_output if side == "output" else _on_input)(module, change_at(-1)).remove)
         for point in points.layers:
             if point.layer in vectors:
-                hooks.callback(_on_output(point.output, change_at(point.layer)).remove)
+                hooks.callback(change_output(point.output, change_at(point.layer)).remove)
         yield
 
 
@@ -158,10 +153,3 @@ def _on_input(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor])
         return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _on_output(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-    return module.register_forward_hook(hook)

@@ -1,8 +1,10 @@
 """Held-out sentences through the model as it is now: one mean vector per sentence, layer and tensor, and its loss.
 
 A sentence is read as a document of its own: the end-of-document token in front of it, as in training, where every
-document follows one; then its tokens, which alone are counted. Models trained elsewhere may want another token there,
-or none. Rows are padded on the right, where a causal model cannot see the padding from the sentence.
+document follows one; then its tokens, which alone are counted. That token is of the document before, so a model that
+keeps documents apart (``data.reset_attention_mask``, ``data.reset_position_ids``) reads the sentence as it does in
+training: not seeing that token, or from position 0. Models trained elsewhere may want another token there, or none.
+Rows are padded on the right, where a causal model cannot see the padding from the sentence.
 """
 
 # D documents (sentences), B sentences of one batch, S padded length, T tokens in the order of [S, B]
@@ -167,15 +169,17 @@ def _pad(
         labels[sample, :predicted] = tokens[sample, 1 : predicted + 1]
         loss_mask[sample, :predicted] = 1.0
         label_language_ids[sample, :predicted] = language
+    # The token in front ends a document before; what follows is one more.
+    of_sentence = torch.arange(length) >= lead
     batch = Batch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         loss_mask=torch.from_numpy(loss_mask),
-        position_ids=torch.arange(length).expand(shape).contiguous(),
+        position_ids=torch.where(of_sentence, torch.arange(length) - lead, 0).expand(shape).contiguous(),
         language_ids=torch.from_numpy(language_ids),
         label_language_ids=torch.from_numpy(label_language_ids),
         source_ids=torch.full(shape, -1, dtype=torch.int16),
-        document_ids=torch.full(shape, -1, dtype=torch.int32),
+        document_ids=torch.where(of_sentence, lead, 0).int().expand(shape).contiguous(),
     )
     return ProbeBatch(batch, torch.tensor(rows, dtype=torch.int64))
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from megatron_xalign.errors import CheckpointError, ConfigError
+from megatron_xalign.residual import change_output, pushed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,33 +94,25 @@ def steered(model: CausalModel, steering: Steering | None) -> Iterator[None]:
     try:
         for number, layer in enumerate(model.layers):
             if steering.layers is None or number in steering.layers:
-                hook = _steering_hook(steering.strength * vectors_LH[number], steering.norm_preserving)
-                handles.append(layer.register_forward_hook(hook))
+                change = _pushing(steering.strength * vectors_LH[number], steering.norm_preserving)
+                handles.append(change_output(layer, change))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _steering_hook(push_H: torch.Tensor, norm_preserving: bool) -> Callable[[nn.Module, Any, Any], Any]:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+def _pushing(push_H: torch.Tensor, norm_preserving: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(hidden: torch.Tensor) -> torch.Tensor:
         nonlocal push_H
-        hidden = output[0] if isinstance(output, tuple) else output
         if hidden.shape[-1] != len(push_H):
             raise ConfigError(
                 f"the control vectors have {len(push_H)} features and the model's hidden states {hidden.shape[-1]}."
             )
         push_H = push_H.to(hidden.device)
-        wide = hidden.float()
-        moved = wide + push_H
-        if norm_preserving:
-            old, new = wide.norm(dim=-1, keepdim=True), moved.norm(dim=-1, keepdim=True)
-            # Where nothing is left there is no direction, and the state stays.
-            moved = torch.where(new > 0, moved * (old / new.clamp_min(torch.finfo(torch.float32).tiny)), wide)
-        moved = moved.to(hidden.dtype)
-        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+        return pushed(hidden, push_H, norm_preserving)
 
-    return hook
+    return change
 
 
 @torch.no_grad()

@@ -69,12 +69,15 @@ def read_checkpoint(checkpoint: str | Path) -> tuple[RunConfig, int, int]:
 
 @contextmanager
 def load_model(
-    checkpoint: str | Path, parallel: ParallelConfig | None = None, params_dtype: ParamsDtype = "fp32"
+    checkpoint: str | Path, parallel: ParallelConfig | None = None, params_dtype: ParamsDtype = "fp32",
+    documents_apart: bool = False,
 ) -> Iterator[LoadedModel]:
     """Rebuild the model of a checkpoint, whatever layout wrote it, in a layout of this job; leave it after the block.
 
     It is Megatron's model with weights read by Megatron, in float32 unless asked otherwise, whatever the run computed
-    in.
+    in. A row of tokens is one document to it, where the run's ``data.reset_position_ids`` and
+    ``data.reset_attention_mask`` change nothing. With ``documents_apart`` they hold as in the run; the model then runs
+    on batches, which say where documents begin, through ``forward.build_forward_only`` alone.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or does not say what model it holds.
@@ -90,6 +93,8 @@ def load_model(
             config.model, padded_vocab_size=padded_vocab_size(vocab_size, divisible_by, ranks.tensor_size),
             seq_length=config.data.seq_length, parallel=parallel, params_dtype=params_dtype, recompute="none",
             ranks=ranks, seed=config.seed, vocab_size=vocab_size,
+            reset_position_ids=documents_apart and config.data.reset_position_ids,
+            reset_attention_mask=documents_apart and config.data.reset_attention_mask,
         )
         load_weights(checkpoint, chunks, ranks)
         for chunk in chunks:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_xalign.config import ParallelConfig
+from megatron_xalign.config import ParallelConfig, ParamsDtype
 from megatron_xalign.errors import CheckpointError, ConfigError, CorpusError, FormatError
 from megatron_xalign.formats.atomic import read_json, sha256_of, write_json
 from megatron_xalign.formats.run_folder import RunFolder, command_line
@@ -199,16 +199,21 @@ def _capture_checkpoint(
     if not path:
         raise ConfigError(f"{checkpoint} names no tokenizer in its config; give --tokenizer.")
     tokenizer = Tokenizer.load(path)
-    trained_with = read_manifest(checkpoint)["extra"].get("tokenizer_sha256")
+    manifest = read_manifest(checkpoint)
+    trained_with = manifest["extra"].get("tokenizer_sha256")
     if trained_with and trained_with != tokenizer.sha256:
         raise FormatError(
             f"{path} is not the tokenizer {checkpoint} was trained with (SHA-256 {tokenizer.sha256[:12]}... against "
             f"{trained_with[:12]}...); its tokens would mean something else to the model."
         )
     sentences, languages = _sentences(probe, tokenizer.encode)
-    with load_model(checkpoint, parallel, "fp32" if dtype == "float32" else "bf16") as loaded:
+    params_dtype: ParamsDtype = "fp32" if dtype == "float32" else "bf16"
+    with load_model(checkpoint, parallel, params_dtype, documents_apart=True) as loaded:
         current_batch, ranks = CurrentBatch(), loaded.ranks
-        trained = loaded.step * config.training.global_batch_size * config.data.seq_length
+        samples = manifest["extra"].get("consumed_samples")
+        if samples is None:
+            samples = loaded.step * config.training.global_batch_size
+        trained = samples * config.data.seq_length
         subject = Subject(
             name=config.name, points=megatron_points(loaded.model_chunks, ranks), current_batch=current_batch,
             forward_only=build_forward_only(loaded.model_chunks, ranks, current_batch),
