@@ -195,7 +195,9 @@ class BatchReader {
     xalign::BatchArrays batch{};
     take(arrays, "tokens", size, batch.tokens);
     take(arrays, "labels", size, batch.labels);
-    take(arrays, "position_ids", size, batch.position_ids);
+    if (options_.reset_position_ids || arrays.contains("position_ids")) {
+      take(arrays, "position_ids", size, batch.position_ids);
+    }
     take(arrays, "loss_mask", size, batch.loss_mask);
     take(arrays, "language_ids", size, batch.language_ids);
     take(arrays, "label_language_ids", size, batch.label_language_ids);

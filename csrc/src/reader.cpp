@@ -81,10 +81,10 @@ class Row {
     const std::int64_t at = row * seq_length_;
     std::int64_t* const tokens = batch.tokens + at;
     std::int64_t* const labels = batch.labels + at;
-    std::int64_t* const positions = batch.position_ids + at;
+    std::int64_t* const positions = batch.position_ids ? batch.position_ids + at : nullptr;
     float* const loss = batch.loss_mask + at;
     std::fill(loss, loss + seq_length_, 1.0F);
-    if (!options_.reset_position_ids) count_up(positions, seq_length_);
+    if (positions && !options_.reset_position_ids) count_up(positions, seq_length_);
     std::int64_t done = 0;
     for (std::size_t i = 0; i < num_pieces; ++i) {
       const PlacedPiece& piece = pieces[i];
@@ -186,6 +186,26 @@ class Row {
   std::vector<std::int8_t> languages_;  // one more than seq_length: the last is only a label's
 };
 
+// Bytes of a cache line; and how many of a piece are asked for before they are read.
+constexpr std::int64_t kLine = 64, kMostPrefetched = 512;
+
+void prefetch([[maybe_unused]] const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address);
+#endif
+}
+
+// Has what says where pieces lie on its way to the cache; it is used once the pieces of all samples are known.
+void ask_for_places(const std::vector<Piece>& pieces, std::size_t first, const Streams& streams) {
+  for (std::size_t i = first; i < pieces.size(); ++i) {
+    const auto source = static_cast<std::size_t>(pieces[i].source);
+    if (source >= streams.size()) return;
+    const TokenFileView& file = streams[source]->file();
+    if (pieces[i].document < 0 || pieces[i].document >= file.num_documents) return;
+    prefetch(static_cast<const char*>(file.pointers) + pieces[i].document * 8);
+  }
+}
+
 // Where a piece lies in its file; its first tokens are on their way to the cache when this returns.
 PlacedPiece place(const Piece& piece, const Streams& streams) {
   if (piece.source < 0 || static_cast<std::size_t>(piece.source) >= streams.size()) {
@@ -205,9 +225,11 @@ PlacedPiece place(const Piece& piece, const Streams& streams) {
                                 std::to_string(length) + ".");
   }
   const std::int64_t first = file.start(piece.document, length) + piece.begin;
-#if defined(__GNUC__)
-  __builtin_prefetch(static_cast<const char*>(file.tokens) + first * bytes_of(file.type));
-#endif
+  // What is read on and on after that, a processor fetches ahead by itself.
+  const char* const from = static_cast<const char*>(file.tokens) + first * bytes_of(file.type);
+  const std::int64_t bytes = std::min(piece.tokens * bytes_of(file.type), kMostPrefetched);
+  for (std::int64_t at = 0; at < bytes; at += kLine) prefetch(from + at);
+  prefetch(from + bytes - 1);
   return {piece.source, piece.document, length, piece.begin, piece.tokens, first};
 }
 
@@ -240,6 +262,7 @@ std::vector<MissingEpoch> read_batch(const SampleIndex& index, const Streams& st
                                      std::size_t num_samples, std::int64_t seq_length, const ReadOptions& options,
                                      const BatchArrays& batch) {
   require(seq_length >= 1, "seq_length=" + std::to_string(seq_length) + " is below 1.");
+  require(batch.position_ids || !options.reset_position_ids, "position_ids that start again have to be written.");
   require(streams.size() <= kMostStreams, "there are " + std::to_string(streams.size()) + " sources; source ids have " +
                                               std::to_string(kMostStreams) + " numbers.");
   std::vector<Piece> pieces;
@@ -260,6 +283,7 @@ std::vector<MissingEpoch> read_batch(const SampleIndex& index, const Streams& st
       }
       if (missing.empty()) throw;
     }
+    ask_for_places(pieces, ends.empty() ? 0 : ends.back(), streams);
     ends.push_back(pieces.size());
   }
   if (!missing.empty()) return missing;

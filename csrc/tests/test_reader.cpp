@@ -104,6 +104,21 @@ void a_sample_of_pieces_is_written_as_stated() {
   }
 }
 
+void positions_in_the_sample_need_no_place() {
+  MadeFile plain({4, 6});
+  const Streams streams = {stream_of(plain.view(), 8)};
+  const GivenPieces index({{{0, 0, 2, 2}, {0, 1, 0, 6}}});
+  Buffers with(1, 8), without(1, 8);
+  CHECK(read(index, streams, {0}, 8, {99, false, true}, with).empty());
+  xalign::BatchArrays arrays = without.arrays();
+  arrays.position_ids = nullptr;
+  const std::int64_t sample = 0;
+  CHECK(xalign::read_batch(index, streams, &sample, 1, 8, {99, false, true}, arrays).empty());
+  CHECK(without.tokens == with.tokens && without.labels == with.labels && without.loss == with.loss);
+  CHECK(without.documents == with.documents && without.positions == V<std::int64_t>(8, 77));
+  CHECK_THROWS(xalign::read_batch(index, streams, &sample, 1, 8, {99, true, true}, arrays), std::invalid_argument);
+}
+
 void many_threads_read_the_same() {
   std::vector<std::int64_t> lengths;
   for (std::int64_t i = 0; i < 3000; ++i) lengths.push_back(i % 17 + 1);
@@ -204,6 +219,7 @@ void every_kind_of_number_is_read() {
 
 int main() {
   a_sample_of_pieces_is_written_as_stated();
+  positions_in_the_sample_need_no_place();
   many_threads_read_the_same();
   contradictions_are_refused();
   every_kind_of_number_is_read();

@@ -65,6 +65,7 @@ class BlendReader:
         self._native = _native.BatchReader(
             index=index, streams=[stream.native for stream in streams], seq_length=seq_length, **self._options
         )
+        self._positions_BS = np.zeros((0, seq_length), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -83,19 +84,26 @@ class BlendReader:
 
         Returns:
             Arrays [B, S] by name (``FIELDS``). Where a sample of whole documents holds nothing there is
-            ``padding_token`` without loss, of language, source and document -1.
+            ``padding_token`` without loss, of language, source and document -1. Unless positions start again,
+            ``position_ids`` is one array for many batches (as Megatron's are): not to be written to.
 
         Raises:
             IndexError: there is no such sample.
             FormatError: a token file is damaged.
         """
         numbers = np.ascontiguousarray(samples, dtype=np.int64)
-        if out is None:
+        if out is not None:
+            filled = out
+        else:
             shape = (len(numbers), self.seq_length)
             out = {name: np.empty(shape, dtype=dtype) for name, dtype in FIELDS.items()}
+            filled = dict(out)
+            if not self._options["reset_position_ids"]:
+                out["position_ids"] = self._positions(len(numbers))
+                del filled["position_ids"]
         # An epoch's index is built or opened when the first of its samples is read. Each time round one thing more is
         # there: the order of an epoch, then its index; of windows of whole documents one epoch after the other.
-        while missing := self._native.read(numbers, out):
+        while missing := self._native.read(numbers, filled):
             for source, epoch in set(missing):
                 stream = self.streams[source]
                 assert not stream.native.has_windows(epoch)
@@ -104,6 +112,13 @@ class BlendReader:
                 else:
                     stream.load_keys(epoch)
         return out
+
+    def _positions(self, num_samples: int) -> np.ndarray:
+        """0, 1, 2, .. in every row, int64 [B, S]."""
+        if len(self._positions_BS) < num_samples:
+            row = np.arange(self.seq_length, dtype=np.int64)
+            self._positions_BS = np.tile(row, (num_samples, 1))
+        return self._positions_BS[:num_samples]
 
 
 def _again(streams: list[SourceStream], index: _native.SampleIndex, options: dict[str, Any]) -> BlendReader:

@@ -100,7 +100,10 @@ def _sentence_splitters(
     if wanted is None:
         return {}, None
     if languages is None:
-        raise ConfigError("to split sentences the languages must be known before the text is read; name them.")
+        raise ConfigError(
+            "to split sentences the languages must be known before the text is read; name those that the data has with "
+            "--languages A,B (others are left out)."
+        )
     found: dict[str, SentenceSplitter | None] = {}
     how: dict[str, Any] = {}
     for language in languages:

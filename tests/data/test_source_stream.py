@@ -380,6 +380,11 @@ def test_buffers_are_used_again_and_rows_are_of_any_order(prefixes: dict[str, Pa
     np.testing.assert_array_equal(out["tokens"], everything["tokens"][[0, 5, 6, 7]])
     out["loss_mask"][0] = 0.0
     assert reader.batch([0])["loss_mask"].all()
+    # Positions in the sample are the same everywhere: one array for all batches, also after a larger one.
+    more = reader.batch(np.arange(count).repeat(2))
+    for batch in (more, reader.batch([4])):
+        np.testing.assert_array_equal(batch["position_ids"], np.tile(np.arange(SEQ_LENGTH), (len(batch["tokens"]), 1)))
+    assert np.shares_memory(more["position_ids"], reader.batch([2])["position_ids"])
     assert reader.batch([])["tokens"].shape == (0, SEQ_LENGTH)
     for wrong in ([count], [-1]):
         with pytest.raises(IndexError):

@@ -51,7 +51,9 @@ struct ReadOptions {
 struct BatchArrays {
   std::int64_t* tokens;        // padding: padding_token
   std::int64_t* labels;        // where there is none: padding_token
-  std::int64_t* position_ids;  // in the sample or, with reset_position_ids, in the document; padding counts on
+  // In the sample or, with reset_position_ids, in the document; padding counts on. Null, without reset_position_ids:
+  // not written, since every row is 0, 1, 2, ..
+  std::int64_t* position_ids;
   float* loss_mask;            // 1 where the label bears loss
   std::int8_t* language_ids;   // of each input, a language of the run; -1: none
   std::int8_t* label_language_ids;
@@ -66,8 +68,8 @@ struct MissingEpoch {
 
 // Fills the rows of a batch. Returns the epochs that have to be there first; if there are any, nothing was written.
 // Throws std::out_of_range if there is no such sample, std::invalid_argument if seq_length is below 1, there are more
-// than 32,767 streams, or the index names a source or tokens that are not there; damaged_file, also on a token id
-// outside the vocabulary of its file.
+// than 32,767 streams, positions that start again have no place, or the index names a source or tokens that are not
+// there; damaged_file, also on a token id outside the vocabulary of its file.
 std::vector<MissingEpoch> read_batch(const SampleIndex& index, const Streams& streams, const std::int64_t* samples,
                                      std::size_t num_samples, std::int64_t seq_length, const ReadOptions& options,
                                      const BatchArrays& batch);
