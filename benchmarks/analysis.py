@@ -40,6 +40,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="3 of average precision and 1 of PWCCA, or 1 with --quick")
     parser.add_argument("--features", type=int, help="of PWCCA, with 10 sentences for each: 2048 and 20,000, or 256")
     parser.add_argument("--only", choices=("average_precision", "pwcca"), help="one of the two questions")
+    parser.add_argument("--mode", choices=("definition", "svcca"), help="one of the two ways to PWCCA")
     parser.add_argument("--contestant", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contestant:
@@ -49,7 +50,7 @@ def main() -> int:
     if options.only != "pwcca":
         answers += _average_precision(options.quick, options.rounds or (1 if options.quick else 3))
     if options.only != "average_precision":
-        answers += _pwcca(options.quick, options.rounds or 1, options.features)
+        answers += _pwcca(options.quick, options.rounds or 1, options.features, options.mode)
     print_result(answers)
     return 0
 
@@ -125,7 +126,7 @@ def _scores(language_D: np.ndarray, num_neurons: int) -> np.ndarray:
 # --- PWCCA ---------------------------------------------------------------------------------------------------------
 
 
-def _pwcca(quick: bool, rounds: int, features: int | None) -> list[dict[str, Any]]:
+def _pwcca(quick: bool, rounds: int, features: int | None, mode: str | None) -> list[dict[str, Any]]:
     width, num = (256, 2560) if quick else (2048, 20_000)
     if features is not None:
         width, num = features, 10 * features
@@ -134,13 +135,10 @@ def _pwcca(quick: bool, rounds: int, features: int | None) -> list[dict[str, Any
         folder = Path(name)
         for kind in ("full rank", "rank-deficient"):
             _write_representations(folder, num, width, deficient=kind != "full rank")
-            if kind == "full rank":
-                modes = ("svcca", "definition")
-                names = [f"{who} {mode}" for mode in modes for who in ("ours", "peer")]
-            else:
-                # The recipe of google/svcca has no value here.
-                modes = ("definition",) if quick else ()
-                names = ["ours svcca", "ours definition"] + (["peer definition"] if quick else [])
+            asked = ("svcca", "definition") if mode is None else (mode,)
+            # The recipe of google/svcca has no value for rank-deficient input; the other peer is left out for its time.
+            modes = [one for one in asked if kind == "full rank" or (quick and one == "definition")]
+            names = [f"{who} {one}" for one in asked for who in ("ours", "peer") if who == "ours" or one in modes]
             costs = interleaved(
                 {
                     contestant: Command([sys.executable, __file__, "--contestant", contestant, name])
@@ -151,14 +149,14 @@ def _pwcca(quick: bool, rounds: int, features: int | None) -> list[dict[str, Any
             print(f"\nPWCCA of {num:,} sentences, {width:,} features, {kind}")
             print_costs(costs)
             told = {contestant: json.loads(cost.result) for contestant, cost in costs.items()}
-            for contestant, one in told.items():
+            for contestant, figures in told.items():
                 print(
-                    f"{contestant:16} value {one['value']:.9f} ranks {one['ranks']} {one['cpu']:.1f} CPU s "
-                    f"{one['mb']:.0f} MB beyond the input"
+                    f"{contestant:16} value {figures['value']:.9f} ranks {figures['ranks']} {figures['cpu']:.1f} CPU s "
+                    f"{figures['mb']:.0f} MB beyond the input"
                 )
-            for mode in modes:
-                ours, peer = told[f"ours {mode}"], told[f"peer {mode}"]
-                what = f"PWCCA {mode}, {num:,} x {width:,}, {kind}"
+            for one in modes:
+                ours, peer = told[f"ours {one}"], told[f"peer {one}"]
+                what = f"PWCCA {one}, {num:,} x {width:,}, {kind}"
                 facts = {"values": [ours["value"], peer["value"]], "ranks": ours["ranks"]}
                 answers += [
                     answer(f"{what}: CPU", ours=ours["cpu"], peer=peer["cpu"], goal=4, unit="CPU s", better="lower",

@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a model of 40 M parameters, one round")
     parser.add_argument("--work", type=Path, help="where files are made and left (a temporary folder if left out)")
     parser.add_argument("--rounds", type=int, help="3, or 1 with --quick")
+    parser.add_argument("--only", choices=("speed", "hollow"), help="the 1.4B model, or the memory of the hollow one")
     parser.add_argument("--job", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
@@ -60,24 +61,32 @@ def main() -> int:
 
 def _compare(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     speed, memory = ("tiny", "tiny") if options.quick else ("1.4B", "7B")
-    random, hollow = work / f"random-{speed}", work / f"hollow-{memory}"
+    answers = []
+    if options.only != "hollow":
+        answers += _speed(speed, work, options.rounds or (1 if options.quick else 3))
+    if options.only != "speed":
+        answers += _hollow(memory, work)
+    return answers
+
+
+def _speed(speed: str, work: Path, rounds: int) -> list[dict[str, Any]]:
+    random = work / f"random-{speed}"
     if not (random / "xalign.json").is_file():
         write_random(random, *_described(speed), torch.bfloat16)
-    if not (hollow / "xalign.json").is_file():
-        write_hollow(hollow, *_described(memory), torch.bfloat16)
     jobs = {
         "to-hf": ("to-hf", random, work / "hf"), "copy": ("copy", random, work / "copied"),
         "from-hf": ("from-hf", work / "hf", work / "back"),
     }
     costs: dict[str, list[Any]] = {name: [] for name in jobs}
     results: dict[str, Any] = {}
-    for number in range(options.rounds or (1 if options.quick else 3)):
+    for number in range(rounds):
         order = list(jobs) if number % 2 == 0 else ["copy", "to-hf", "from-hf"]
         for name in order:
             action, source, target = jobs[name]
             shutil.rmtree(target, ignore_errors=True)
             cost, results[name] = _run(action, source, target)
             costs[name].append(cost)
+            print(f"{name}: {cost.wall_seconds:.1f} s, CPU {cost.cpu_seconds:.1f} s", flush=True)
     shutil.rmtree(work / "copied", ignore_errors=True)
     shutil.rmtree(work / "back", ignore_errors=True)
     shutil.rmtree(work / "hf", ignore_errors=True)
@@ -92,13 +101,21 @@ def _compare(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
         for name in ("to-hf", "from-hf")
         for num_bytes in [results["copy"]["num_bytes"]]
     ]
-    answers += [_memory(f"{name} of the {speed} model", results[name], speed) for name in ("to-hf", "from-hf")]
+    return answers + [_memory(f"{name} of the {speed} model", results[name], speed) for name in ("to-hf", "from-hf")]
+
+
+def _hollow(memory: str, work: Path) -> list[dict[str, Any]]:
+    hollow = work / f"hollow-{memory}"
+    if not (hollow / "xalign.json").is_file():
+        write_hollow(hollow, *_described(memory), torch.bfloat16)
+    answers = []
     for action, source, target in (
         ("to-hf", hollow, work / "hf-hollow"), ("from-hf", work / "hf-hollow", work / "back-hollow"),
     ):
         shutil.rmtree(target, ignore_errors=True)
         cost, result = _run(action, source, target)
-        print(f"{action} of the hollow {memory} model: {cost.wall_seconds:.0f} s, CPU {cost.cpu_seconds:.0f} s")
+        seconds = f"{cost.wall_seconds:.0f} s, CPU {cost.cpu_seconds:.0f} s"
+        print(f"{action} of the hollow {memory} model: {seconds}", flush=True)
         answers.append(_memory(f"{action} of the hollow {memory} model", result, memory))
     for name in ("hf-hollow", "back-hollow"):
         shutil.rmtree(work / name, ignore_errors=True)

@@ -12,14 +12,17 @@
 namespace xalign {
 namespace {
 
-constexpr int kDigitBits = 11;
+constexpr int kDigitBits = 10;
 constexpr std::uint32_t kBuckets = std::uint32_t{1} << kDigitBits;
 // Scores are sorted by where they lie between the highest (0) and the lowest (this), to the nearest whole number.
 constexpr std::int32_t kLastPlace = (std::int32_t{1} << (2 * kDigitBits)) - 1;
 // Neurons whose scores are copied together, tile by tile: rows of [D, N] are then read a few cache lines at a time.
-constexpr std::int64_t kBlockNeurons = 128, kTile = 16;
+constexpr std::int64_t kBlockNeurons = 64, kTileDocuments = 8, kTileNeurons = 4;
+// Rows are often a multiple of 4,096 bytes apart, so that few fit the first cache at once and none is fetched unasked.
+constexpr std::int64_t kFetchedAhead = 16, kNeuronsOfLine = 16;
 constexpr std::int64_t kLeastNeurons = 64;  // of a thread
-constexpr std::size_t kLanes = 8;
+constexpr std::size_t kLanes = 32;
+constexpr std::size_t kPartialSums = 4;
 // Moves by insertion, for each document, after which sorting by comparison is cheaper.
 constexpr std::size_t kMostMoves = 8;
 
@@ -41,7 +44,6 @@ class Ranking {
   bool ties = false;                    // whether two neighbours have the same score
 
   void rank(const T* scores, std::int64_t neuron) {
-    const std::size_t size = document.size();
     const auto [lowest, highest] = bounds(scores, neuron);
     const T scale = static_cast<T>(kLastPlace) / (highest - lowest);
     // Not so where all scores are equal, and at the ends of what the type can hold.
@@ -52,10 +54,6 @@ class Ranking {
       std::iota(document.begin(), document.end(), std::uint32_t{0});
     }
     if (!insert_by_score(scores)) sort_by_score(scores);
-    for (std::size_t i = 0; i < size; ++i) score[i] = scores[document[i]];
-    std::size_t equal = 0;
-    for (std::size_t i = 1; i < size; ++i) equal += score[i] == score[i - 1];
-    ties = equal != 0;
   }
 
  private:
@@ -65,23 +63,22 @@ class Ranking {
     std::array<T, kLanes> low, high;
     low.fill(scores[0]);
     high.fill(scores[0]);
+    std::array<T, kLanes> zero{};  // not a number where one is not finite
     std::size_t i = 0;
-    bool finite = true;
     for (; i + kLanes <= size; i += kLanes) {
-      std::array<T, kLanes> zero;
       for (std::size_t k = 0; k < kLanes; ++k) {
         const T own = scores[i + k];
         low[k] = own < low[k] ? own : low[k];
         high[k] = own > high[k] ? own : high[k];
-        zero[k] = own - own;  // not a number for one that is not finite
+        zero[k] += own * T{0};
       }
-      for (std::size_t k = 0; k < kLanes; ++k) finite &= zero[k] == 0;
     }
     for (; i < size; ++i) {
       low[0] = std::min(low[0], scores[i]);
       high[0] = std::max(high[0], scores[i]);
-      finite &= std::isfinite(scores[i]);
+      zero[0] += scores[i] * T{0};
     }
+    const bool finite = std::all_of(zero.begin(), zero.end(), [](T one) { return one == T{0}; });
     for (std::size_t at = 0; !finite; ++at) {
       if (!std::isfinite(scores[at])) refuse(static_cast<double>(scores[at]), at, neuron);
     }
@@ -117,23 +114,31 @@ class Ranking {
     for (const Half& item : half_) document[high[item.bucket]++] = item.document;
   }
 
-  // Puts right what shares a place. False, with the work undone in part, if that is too much of it.
+  // Puts right what shares a place and copies the scores. False, with the work undone in part, if that is too much.
   bool insert_by_score(const T* scores) {
-    std::size_t moves = 0;
+    std::size_t moves = 0, equal = 0;
     T last = scores[document[0]];
+    score[0] = last;
     for (std::size_t i = 1; i < document.size(); ++i) {
       const std::uint32_t own = document[i];
       const T value = scores[own];
-      if (!(last < value)) {
+      score[i] = value;
+      if (value < last) {
         last = value;
         continue;
       }
       std::size_t to = i;
-      for (; to > 0 && scores[document[to - 1]] < value; --to) document[to] = document[to - 1];
+      for (; to > 0 && score[to - 1] < value; --to) {
+        score[to] = score[to - 1];
+        document[to] = document[to - 1];
+      }
+      score[to] = value;
       document[to] = own;
+      equal += to > 0 && score[to - 1] == value;
       moves += i - to;
       if (moves > kMostMoves * document.size()) return false;
     }
+    ties = equal != 0;
     return true;
   }
 
@@ -141,6 +146,11 @@ class Ranking {
     std::sort(document.begin(), document.end(), [&](std::uint32_t a, std::uint32_t b) {
       return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
     });
+    ties = false;
+    for (std::size_t i = 0; i < document.size(); ++i) {
+      score[i] = scores[document[i]];
+      ties |= i > 0 && score[i] == score[i - 1];
+    }
   }
 
   struct Half {
@@ -186,12 +196,21 @@ std::array<double, kAtOnce> precision_of(const Ranking<T>& ranking, const Groups
   std::array<double, kAtOnce> sums{};
   std::array<std::int32_t, kAtOnce> hits{}, counted{};
   if (!ranking.ties && !lowest_first) {
-    for (std::size_t i = 0; i < size; ++i) {
+    std::array<std::array<double, kAtOnce>, kPartialSums> partial{};
+    const auto add = [&](std::size_t i, std::array<double, kAtOnce>& to) {
       const std::uint8_t* own = labels + std::size_t{ranking.document[i]} * groups.width;
       for (std::size_t k = 0; k < kAtOnce; ++k) {
         hits[k] += own[k];
-        sums[k] += static_cast<double>(hits[k] * own[k]) * inverse_rank[i];
+        to[k] += static_cast<double>(hits[k] & -std::int32_t{own[k]}) * inverse_rank[i];
       }
+    };
+    std::size_t i = 0;
+    for (; i + kPartialSums <= size; i += kPartialSums) {
+      for (std::size_t j = 0; j < kPartialSums; ++j) add(i + j, partial[j]);
+    }
+    for (; i < size; ++i) add(i, sums);
+    for (const auto& part : partial) {
+      for (std::size_t k = 0; k < kAtOnce; ++k) sums[k] += part[k];
     }
   } else {
     for (std::size_t i = 0; i < size; ++i) {
@@ -209,19 +228,40 @@ std::array<double, kAtOnce> precision_of(const Ranking<T>& ranking, const Groups
   return sums;
 }
 
+// Copies a tile of scores turned round. Of a size known beforehand it goes through registers.
+template <std::int64_t kDocuments, std::int64_t kNeurons, typename T>
+void turn(const T* from, std::int64_t document_stride, T* to, std::int64_t size) {
+  std::array<T, kDocuments * kNeurons> tile;
+  for (std::int64_t j = 0; j < kDocuments; ++j) {
+    for (std::int64_t i = 0; i < kNeurons; ++i) tile[i * kDocuments + j] = from[j * document_stride + i];
+  }
+  for (std::int64_t i = 0; i < kNeurons; ++i) {
+    for (std::int64_t j = 0; j < kDocuments; ++j) to[i * size + j] = tile[i * kDocuments + j];
+  }
+}
+
 // Copies some neurons' scores so that those of one neuron lie together: [count, D].
 template <typename T>
 void gather(const Scores<T>& scores, std::int64_t first, std::int64_t count, T* block) {
-  const std::int64_t size = scores.num_documents;
-  for (std::int64_t document = 0; document < size; document += kTile) {
-    const std::int64_t documents = std::min(kTile, size - document);
-    for (std::int64_t neuron = 0; neuron < count; neuron += kTile) {
-      const std::int64_t neurons = std::min(kTile, count - neuron);
-      const T* from = scores.data + document * scores.document_stride + (first + neuron) * scores.neuron_stride;
+  const std::int64_t size = scores.num_documents, document_stride = scores.document_stride;
+  for (std::int64_t document = 0; document < size; document += kTileDocuments) {
+    const std::int64_t documents = std::min(kTileDocuments, size - document);
+    const std::int64_t fetched = std::min(document + kFetchedAhead, size - documents);
+    for (std::int64_t neuron = 0; neuron < count; neuron += kTileNeurons) {
+      const std::int64_t neurons = std::min(kTileNeurons, count - neuron);
+      const T* column = scores.data + (first + neuron) * scores.neuron_stride;
+      const T* from = column + document * document_stride;
       T* to = block + neuron * size + document;
+      if (documents == kTileDocuments && neurons == kTileNeurons && scores.neuron_stride == 1) {
+        if (neuron % kNeuronsOfLine == 0) {
+          for (std::int64_t j = 0; j < documents; ++j) __builtin_prefetch(column + (fetched + j) * document_stride);
+        }
+        turn<kTileDocuments, kTileNeurons>(from, document_stride, to, size);
+        continue;
+      }
       for (std::int64_t i = 0; i < neurons; ++i) {
         for (std::int64_t j = 0; j < documents; ++j) {
-          to[i * size + j] = from[j * scores.document_stride + i * scores.neuron_stride];
+          to[i * size + j] = from[j * document_stride + i * scores.neuron_stride];
         }
       }
     }

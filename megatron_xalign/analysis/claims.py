@@ -16,12 +16,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_xalign.analysis import retrieval
-from megatron_xalign.analysis.inference import holm, paired_difference_interval, sign_flip_test, trend_test
-from megatron_xalign.analysis.representations import as_representations
+from megatron_xalign.analysis.inference import (
+    areas_until,
+    holm,
+    paired_difference_interval,
+    sign_flip_test,
+    trend_test,
+)
 from megatron_xalign.analysis.resampling import resample_counts
 from megatron_xalign.errors import FormatError
-from megatron_xalign.formats.neuron_stats import NeuronStats, list_neuron_stats, read_neuron_stats
 from megatron_xalign.formats.results import Results, read_results
 from megatron_xalign.formats.run_folder import RunFolder
 
@@ -55,7 +58,7 @@ class _Run:
     fraction: float
     seeds: tuple[int, int]
     results: Results
-    folders: list[tuple[int, Path]]
+    steps: list[int]
 
 
 def weigh_claims(run_folders: Sequence[Path], controls: Mapping[str, str] | None = None) -> list[Claim]:
@@ -69,7 +72,7 @@ def weigh_claims(run_folders: Sequence[Path], controls: Mapping[str, str] | None
         three claims a pair; none if all runs have the same parallel fraction.
 
     Raises:
-        FormatError: a run was not analysed, or has no statistics of a step that is needed.
+        FormatError: a run was not analysed, or its results lack what each sentence adds.
     """
     runs = [run for run in map(_read, run_folders) if run.name not in (controls or {})]
     runs.sort(key=lambda run: (run.fraction, run.seeds))
@@ -86,18 +89,20 @@ def weigh_claims(run_folders: Sequence[Path], controls: Mapping[str, str] | None
 
 def _read(folder: Path) -> _Run:
     run = RunFolder(Path(folder))
-    config = run.config()
-    folders = list_neuron_stats(run.path)
-    if not folders:
-        raise FormatError(f"{run.neurons} holds no statistics; train with a `capture:` section, or check the path.")
+    config, results = run.config(), read_results(run.analysis)
+    steps, hits = results.context.get("steps"), results.arrays.get("sentence_retrieval")
+    if not isinstance(steps, list) or hits is None or hits.ndim != 4 or len(hits) != len(steps):
+        raise FormatError(
+            f"{run.analysis} does not hold which translations were found at each step (sentence_retrieval); run "
+            f"`xalign analyze {run.path}` again."
+        )
     return _Run(
-        config.name, config.data.mixture.parallel_fraction, (config.seed, config.data.mixture.seed),
-        read_results(run.analysis), folders,
+        config.name, config.data.mixture.parallel_fraction, (config.seed, config.data.mixture.seed), results, steps
     )
 
 
 def _shared_steps(runs: Sequence[_Run]) -> list[int]:
-    return sorted(set.intersection(*({step for step, _ in run.folders} for run in runs)))
+    return sorted(set.intersection(*(set(run.steps) for run in runs)))
 
 
 def _shared_best_layer(runs: Sequence[_Run], pair: str) -> int:
@@ -113,14 +118,9 @@ def _shared_best_layer(runs: Sequence[_Run], pair: str) -> int:
 
 def _hits(run: _Run, pair: str, layer: int) -> dict[int, np.ndarray]:
     """By step, for each sentence: the share of both directions that find its translation, float [D]."""
-    one, other = _languages(run, pair)
-    found = {}
-    for step, folder in run.folders:
-        stats: NeuronStats = read_neuron_stats(folder)
-        acts_DH = as_representations(stats.layer("probe_residual_mean_DMH", layer))
-        hit = retrieval.bitext_accuracy(acts_DH[stats.rows(one)], acts_DH[stats.rows(other)], centred=True)
-        found[step] = (hit.forward_hit_D.astype(np.float64) + hit.backward_hit_D) / 2
-    return found
+    # [T, J, L+1, P] of directions found, 0 to 2; the embedding output is the first layer.
+    hits_TP = run.results.arrays["sentence_retrieval"][:, run.results.context["language_pairs"].index(pair), layer + 1]
+    return dict(zip(run.steps, hits_TP.astype(np.float64) / 2, strict=True))
 
 
 def _languages(run: _Run, pair: str) -> tuple[str, str]:
@@ -187,7 +187,7 @@ def _early(runs: Sequence[_Run], pair: str, layer: int, hits: Mapping[str, dict[
             "none: a curve needs at least 3 probed steps",
         )
     area = {
-        run.name: _area_until(steps, np.stack([hits[run.name][step] for step in steps]), until) for run in runs
+        run.name: areas_until(steps, np.stack([hits[run.name][step] for step in steps]), until) for run in runs
     }
     values = [float(area[run.name].mean()) for run in runs]
     numbers = (
@@ -204,17 +204,6 @@ def _early(runs: Sequence[_Run], pair: str, layer: int, hits: Mapping[str, dict[
         "accelerates early sharing", pair, _of_sentences(tests), numbers,
         f"{over_sentences}. One seed a fraction: another seed may differ",
     )
-
-
-def _area_until(steps_T: Sequence[int], heights_TD: np.ndarray, until: float) -> np.ndarray:
-    """Mean height of every sentence's curve up to a step, by trapezia: float [D]."""
-    x = np.array([*(step for step in steps_T if step < until), until], np.float64)
-    place = len(x) - 1
-    share = (until - steps_T[place - 1]) / (steps_T[place] - steps_T[place - 1])
-    last_D = heights_TD[place - 1] + share * (heights_TD[place] - heights_TD[place - 1])
-    y_TD = np.concatenate([heights_TD[:place], last_D[None]])
-    area_D: np.ndarray = (np.diff(x)[:, None] * (y_TD[1:] + y_TD[:-1]) / 2).sum(axis=0) / (x[-1] - x[0])
-    return area_D
 
 
 def _of_sentences(tests: Sequence[tuple[float, float, float]]) -> Verdict:

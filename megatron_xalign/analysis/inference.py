@@ -316,6 +316,22 @@ def area_under_curve(steps_T: Sequence[float] | np.ndarray, values_T: Sequence[f
     return float(np.sum(np.diff(steps) * (values[1:] + values[:-1]) / 2) / (steps[-1] - steps[0]))
 
 
+def areas_until(steps_T: Sequence[float], values_TD: np.ndarray, until: float) -> np.ndarray:
+    """``area_under_curve`` of many curves up to a step, which may lie between two measurements: float64 [D].
+
+    Raises:
+        ValueError: as ``area_under_curve``, or ``until`` is not above the first and up to the last step.
+    """
+    steps, values = np.asarray(steps_T, np.float64), np.asarray(values_TD, np.float64)
+    if not (len(steps) > 1 and steps[0] < until <= steps[-1]):
+        raise ValueError(f"until={until} is not in ({steps[0]:g}, {steps[-1]:g}], the steps of the curves.")
+    place = int(np.searchsorted(steps, until))
+    share = (until - steps[place - 1]) / (steps[place] - steps[place - 1])
+    last_D = values[place - 1] + share * (values[place] - values[place - 1])
+    cut_T, cut_TD = np.append(steps[:place], until), np.concatenate([values[:place], last_D[None]])
+    return np.array([area_under_curve(cut_T, curve_T) for curve_T in cut_TD.T])
+
+
 def steps_to_reach(
     steps_T: Sequence[float] | np.ndarray, values_T: Sequence[float] | np.ndarray, target: float
 ) -> float | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_xalign.analysis import neurons, projection, resampling, retrieval, similarity
+from megatron_xalign.analysis import neurons, projection, resampling, retrieval, similarity, vocabulary
 from megatron_xalign.analysis.representations import as_representations, centre
 from megatron_xalign.config import RunConfig
 from megatron_xalign.errors import FormatError
@@ -34,6 +34,8 @@ NULL_THRESHOLD = 0.9
 """AP at which neurons are counted under shuffled labels."""
 DEBIASED_CKA_BELOW = 10
 """Sentences per feature below which plain CKA says more about D/H than about the model."""
+LEAST_UNSHARED = 20
+"""Pairs without a shared token below which retrieval among them is not told."""
 EMBEDDING = -1
 """Number of the embedding output among the layers of residual-stream measures."""
 
@@ -70,12 +72,17 @@ class _Notes:
     lape_bar: dict[str, float] = field(default_factory=dict)
     pwcca_ranks: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     top_by_step: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
+    unshared_P: dict[str, np.ndarray] = field(default_factory=dict)
+    """By pair of languages: the pairs of sentences without a token in common; none of it if tokens are not known."""
     sentence_values: dict[str, list[np.ndarray]] = field(default_factory=dict)
     """By measure, one array [pairs of languages, P] for every step and layer, or [K, P] for every step, in order."""
 
 
 def analyze_run(
-    run_folder: str | Path, options: AnalysisOptions | None = None, allow_unfinished: bool = False
+    run_folder: str | Path,
+    options: AnalysisOptions | None = None,
+    allow_unfinished: bool = False,
+    probe_tokens: vocabulary.ProbeTokens | None = None,
 ) -> Results:
     """Measure every checkpoint of a run that has neuron statistics; write and return the results.
 
@@ -84,6 +91,8 @@ def analyze_run(
             which says which steps there must be.
         options: draws, shuffles and rates.
         allow_unfinished: also take a run whose last step is not there yet.
+        probe_tokens: the probe's sentences as token ids, for what languages share before any layer; statistics do not
+            hold them.
 
     Returns:
         what was written to ``run_folder/analysis`` (docs/analysis.md explains every measure).
@@ -106,9 +115,9 @@ def analyze_run(
     counts_RP = (
         resampling.resample_counts(len(last.pair_ids), options.num_resamples, options.seed) if last.pair_ids else None
     )
-    rows: list[Row] = []
     coordinates: list[np.ndarray] = []
     notes = _Notes()
+    rows = [] if probe_tokens is None else _vocabulary_rows(last, probe_tokens, notes)
     ap_scores = np.zeros((0, last.num_layers, last.ffn_hidden_size), np.float32)
     for _, folder in track(folders, f"analysing {run.path.name}", " checkpoints", len(folders)):
         stats = read_neuron_stats(folder)
@@ -325,6 +334,35 @@ def _lape_rows(stats: NeuronStats, options: AnalysisOptions, notes: _Notes) -> l
     ]
 
 
+# --- vocabulary ----------------------------------------------------------------------------------------------------
+
+
+def _vocabulary_rows(last: NeuronStats, tokens: vocabulary.ProbeTokens, notes: _Notes) -> list[Row]:
+    """What two languages share before any layer, which no training changes: rows of the last step."""
+    if len(tokens.by_document) != len(last.document_ids):
+        raise ValueError(f"{len(tokens.by_document)} sentences as tokens; the probe has {len(last.document_ids)}.")
+    own = {
+        language: [tokens.by_document[row] for row in last.rows(language).tolist()] for language in _probed(last)
+    }
+    rows = []
+    for (one, tokens_a), (other, tokens_b) in itertools.combinations(own.items(), 2):
+        subject = f"{one}-{other}"
+        count_a, count_b = (
+            np.bincount(np.concatenate([np.asarray(ids, np.int64) for ids in side]), minlength=tokens.vocab_size)
+            for side in (tokens_a, tokens_b)
+        )
+        shared = vocabulary.vocabulary_overlap(count_a, count_b)
+        shares_P = vocabulary.shares_tokens(tokens_a, tokens_b, tokens.wordless)
+        notes.unshared_P[subject] = ~shares_P
+        for measure, value in (
+            ("vocabulary_jaccard", shared.jaccard), ("vocabulary_mass", shared.mass),
+            ("pairs_sharing_tokens", shares_P.mean()),
+            ("pairs_identical", vocabulary.identical_pairs(tokens_a, tokens_b).mean()),
+        ):
+            rows.append(_row(last, measure, None, subject, value))
+    return rows
+
+
 # --- loss ----------------------------------------------------------------------------------------------------------
 
 
@@ -391,6 +429,10 @@ def _residual_rows(
             _row(stats, measure, layer, subject, value, values.intervals.get(measure))
             for measure, value in values.values.items()
         ]
+        unshared_P = notes.unshared_P.get(subject)
+        if unshared_P is not None and unshared_P.sum() >= LEAST_UNSHARED:
+            share = values.sentence_hits_P[unshared_P].mean() / 2
+            rows.append(_row(stats, "retrieval_centred_unshared", layer, subject, share))
         gaps.append(values.sentence_gap_P)
         hits.append(values.sentence_hits_P)
     if gaps:
@@ -585,6 +627,7 @@ def _context(
             "num_resamples": options.num_resamples,
             "covers": "the choice of probe sentences, not the training seed",
         },
+        "pairs_without_shared_tokens": {subject: int(own_P.sum()) for subject, own_P in notes.unshared_P.items()},
         "num_permutations": options.num_permutations,
         "analysis_seed": options.seed,
     }

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,15 +37,32 @@ def vocabulary_overlap(count_a_V: np.ndarray, count_b_V: np.ndarray) -> Vocabula
     )
 
 
-def shares_tokens(tokens_a: Sequence[Sequence[int]], tokens_b: Sequence[Sequence[int]]) -> np.ndarray:
+@dataclass(frozen=True)
+class ProbeTokens:
+    """The probe's sentences as the model reads them."""
+
+    by_document: Sequence[Sequence[int]]
+    """Token ids of every sentence, in the order of the statistics' documents."""
+    vocab_size: int
+    """Ids there are."""
+    wordless: Collection[int] = ()
+    """Tokens without a letter or digit. Nearly every pair shares a full stop, which says nothing."""
+
+
+def shares_tokens(
+    tokens_a: Sequence[Sequence[int]], tokens_b: Sequence[Sequence[int]], ignored: Collection[int] = ()
+) -> np.ndarray:
     """bool [pairs]: whether two sides of a pair have a token in common; the others are a control for early layers.
+
+    ``ignored`` tokens count as shared by none.
 
     Raises:
         ValueError: numbers of sentences differ.
     """
     if len(tokens_a) != len(tokens_b):
         raise ValueError(f"{len(tokens_a)} sentences and {len(tokens_b)} translations.")
-    return np.array([not set(a).isdisjoint(b) for a, b in zip(tokens_a, tokens_b, strict=True)], np.bool_)
+    left_out = set(ignored)
+    return np.array([not (set(a) - left_out).isdisjoint(b) for a, b in zip(tokens_a, tokens_b, strict=True)], np.bool_)
 
 
 def identical_pairs(tokens_a: Sequence[Sequence[int]], tokens_b: Sequence[Sequence[int]]) -> np.ndarray:

@@ -12,6 +12,7 @@ import io
 import json
 import pickle
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -36,18 +37,30 @@ FILE_BYTES = 4 << 30
 """A new ``*.distcp`` file is begun once one has grown past this."""
 
 
+_HASHED_BESIDE = 1 << 16
+"""Bytes from which content is hashed while it is written."""
+
+
 class _Counted:
     """What ``torch.save`` writes to: it needs no more, and offsets inside an archive count from its own start."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], hashing: ThreadPoolExecutor) -> None:
         self.file = file
+        self._hashing = hashing
         self.num_bytes = 0
         self.digest = hashlib.sha256()
 
     def write(self, content: Any) -> int:
         self.num_bytes += len(content)
-        self.digest.update(content)
-        return self.file.write(content)
+        if len(content) < _HASHED_BESIDE:
+            self.digest.update(content)
+            return self.file.write(content)
+        # Both let other threads run. The content is torch's memory, which it uses again after this call.
+        hashed = self._hashing.submit(self.digest.update, content)
+        try:
+            return self.file.write(content)
+        finally:
+            hashed.result()
 
     def flush(self) -> None:
         """The file is flushed when it is closed."""
@@ -65,6 +78,7 @@ class CheckpointWriter:
         self._folder = folder
         self._file_bytes = file_bytes
         self._stack = ExitStack()
+        self._hashing = ThreadPoolExecutor(1, "hash")
         self._file: _Counted | None = None
         self._notes: list[list[Any]] = []
         self._number = 0
@@ -81,11 +95,12 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._close_file()
-        else:
-            # As if the block inside had raised: what is begun gets no name.
-            self._stack.__exit__(kind, error, trace)
+        with self._hashing:
+            if kind is None:
+                self._close_file()
+            else:
+                # As if the block inside had raised: what is begun gets no name.
+                self._stack.__exit__(kind, error, trace)
 
     def has(self, name: str, offsets: Sequence[int]) -> bool:
         """Whether a writer that was killed had written this chunk."""
@@ -115,7 +130,8 @@ class CheckpointWriter:
             )
         if self._file is None or self._file.num_bytes >= self._file_bytes:
             self._close_file()
-            self._file = _Counted(self._stack.enter_context(piece(self._folder / self._file_name(self._number))))
+            file = self._stack.enter_context(piece(self._folder / self._file_name(self._number)))
+            self._file = _Counted(file, self._hashing)
         start = self._file.num_bytes
         chunk = chunk.detach().contiguous()
         if chunk.untyped_storage().nbytes() != chunk.numel() * chunk.dtype.itemsize:

@@ -93,6 +93,11 @@ class RunFolder:
         """Measures computed from the neuron statistics."""
         return self.path / "analysis"
 
+    @property
+    def evaluation(self) -> Path:
+        """What `xalign evaluate` measured of the checkpoints."""
+        return self.analysis / "evaluation"
+
     def config(self) -> RunConfig:
         """The resolved config of the run.
 

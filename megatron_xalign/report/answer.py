@@ -178,6 +178,13 @@ def explanations(series: Series) -> list[Explanation]:
             "and can drown what tells them apart.",
             f"1 in {thousands(series.num_pairs)}, {percent(series.chance)}.",
         ),
+        "retrieval_centred_unshared": (
+            "Translations retrieved, pairs without shared tokens",
+            "The same as the first, counted over pairs whose two sides have no token in common that holds a letter or "
+            "digit. Names and numbers are alike before any layer; these pairs have none. "
+            "In the results of each run, and in the table of alignment.",
+            f"1 in {thousands(series.num_pairs)}, {percent(series.chance)}.",
+        ),
         "mexa": (
             "MEXA",
             "Stricter: the share of translation pairs that are closer to each other than either is to any other "

@@ -25,6 +25,7 @@ from megatron_xalign.report.panels import (
 )  # fmt: skip
 from megatron_xalign.report.series import RETRIEVAL, Series, projection
 from megatron_xalign.report.wording import (
+    direction_name,
     language_name,
     layer_words,
     listing,
@@ -48,6 +49,7 @@ def build_figures(series: Series, palette: Palette) -> dict[str, Picture]:
         projections(series, palette),
         training_loss(series, palette),
         probe_loss(series, palette),
+        evaluation(series, palette),
     ]
     return {picture.name: picture for picture in pictures if picture is not None}
 
@@ -376,6 +378,43 @@ def probe_loss(series: Series, palette: Palette) -> Picture:
         caption="The sentences of the probe, which no run is trained on. Tokens differ in length between languages, "
         "bytes do not depend on the tokenizer. Where the probe was held out from the parallel text, runs with more of "
         "that text have also read more of the probe's kind.",
+    )
+
+
+def evaluation(series: Series, palette: Palette) -> Picture | None:
+    """What ``xalign evaluate`` measured of the checkpoints; None if it was not run."""
+    wanted = [
+        ("eval_bits_per_byte", "Text", "bits per byte", 1.0, None),
+        ("translation_choice", "Right translation chosen", "of four candidates (%)", 100.0, 0.25),
+    ]
+    panels: list[Panel] = []
+    drawn: list[Line] = []
+    summary: list[str] = []
+    for measure, title, unit, scale, chance in wanted:
+        for _, subject in [found for found in series.evaluated(measure) if found[0] == measure]:
+            lines = [(run, run.evaluated(measure, subject)) for run in series.runs]
+            about = direction_name(subject, series.languages)
+            panels.append(Panel(f"{title} · {about}", training_panel(
+                series, palette, lines, unit, scale=scale, chance=chance)))  # fmt: skip
+            drawn += lines
+            summary += [
+                f"{title}, {about}, {run.label} parallel data: {scale * rows[-1].value:.3g} {unit}"
+                for run, rows in lines if rows
+            ]
+    if not panels:
+        return None
+    return Picture(
+        name="evaluation",
+        title="Evaluation of checkpoints",
+        panels=panels,
+        num_columns=max(2, min(len(panels), 4)),
+        legend=[*_run_marks(series, palette), *_interval_marks(series)],
+        header=HEADER,
+        records=_records(drawn),
+        alt="Evaluation of checkpoints, last value. " + "; ".join(summary) + ".",
+        caption="Every saved checkpoint as a Hugging Face model. Right translation chosen: after a sentence, its "
+        "translation gains more in log-probability than three wrong ones of similar length.",
+        margins=(0.68, 0.12, 0.46, 0.46),
     )
 
 

@@ -95,6 +95,8 @@ def write_report(
         notes=_notes(series, missing or {}),
         missing=missing or {},
         claims=list(claims),
+        vocabulary=tables.vocabulary_table(series),
+        evaluation=tables.evaluation_table(series),
         film=build_film(series, palette),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),

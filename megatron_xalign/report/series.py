@@ -65,6 +65,8 @@ class Run:
     """``results.rows`` by (measure, layer, subject), each ascending in step."""
     control: str = ""
     """Name of the control the run belongs to; empty for the series itself."""
+    evaluation: Results | None = None
+    """What ``xalign evaluate`` measured of its checkpoints; None if it was not run."""
 
     @property
     def fraction(self) -> float:
@@ -99,6 +101,11 @@ class Run:
             if row.step == step
         ]
         return sorted(found, key=_layer)
+
+    def evaluated(self, measure: str, subject: str) -> list[Row]:
+        """A number of ``xalign evaluate`` over checkpoints; empty if it was not measured."""
+        rows = [] if self.evaluation is None else self.evaluation.select(measure=measure, subject=subject)
+        return sorted(rows, key=lambda row: row.step)
 
     def best_layer(self, pair: str, step: int) -> int:
         """The layer that retrieves most translations of a pair (``RETRIEVAL``) at a step; the lower one of equals.
@@ -160,6 +167,12 @@ class Series:
         """Whether CKA is the debiased one, which chance holds near 0 and which may be negative."""
         return self.runs[0].results.context.get("cka") == "debiased"
 
+    def evaluated(self, prefix: str) -> list[tuple[str, str]]:
+        """Measure and subject of every number of ``xalign evaluate`` whose measure begins so."""
+        evaluation = self.runs[0].evaluation
+        rows = [] if evaluation is None else evaluation.rows
+        return sorted({(row.measure, row.subject) for row in rows if row.measure.startswith(prefix)})
+
     def pair_name(self, pair: str) -> str:
         """A pair in words."""
         return pair_name(pair, self.languages)
@@ -206,6 +219,7 @@ def read_series(folders: Sequence[Path], controls: Mapping[str, str] | None = No
             name=name, label=_fraction_label(piece.config, (controls or {}).get(name, "")),
             folder=piece.folder, config=piece.config, facts=piece.facts, audit=piece.audit, metrics=piece.metrics,
             results=piece.results, rows=_index(piece.results.rows), control=(controls or {}).get(name, ""),
+            evaluation=piece.evaluation,
         )
         for name, piece in zip(names, pieces, strict=True)
     ]
@@ -213,6 +227,7 @@ def read_series(folders: Sequence[Path], controls: Mapping[str, str] | None = No
     groups = _groups(runs)
     runs = [run for group in groups for run in group.runs]
     _check_comparable(runs)
+    _check_evaluations(runs)
     context = runs[0].results.context
     pairs = sorted({subject for measure, _, subject in runs[0].rows if measure == RETRIEVAL})
     common = set.intersection(*(set(run.results.steps) for run in runs))
@@ -282,6 +297,7 @@ class _Pieces:
     audit: dict[str, Any]
     metrics: list[dict[str, Any]]
     results: Results
+    evaluation: Results | None
 
 
 def _read_pieces(path: Path) -> _Pieces:
@@ -295,7 +311,12 @@ def _read_pieces(path: Path) -> _Pieces:
     results = _read(path, "analysis/", f"`xalign analyze {path}`", lambda: read_results(folder.analysis))
     _check_audit(folder.audit_path, audit)
     _check_results(folder, results)
-    return _Pieces(folder, config, facts, audit, metrics, results)
+    evaluation = None
+    if (folder.evaluation / "results.json").is_file():
+        evaluation = _read(
+            path, "analysis/evaluation/", f"`xalign evaluate {path}`", lambda: read_results(folder.evaluation)
+        )
+    return _Pieces(folder, config, facts, audit, metrics, results, evaluation)
 
 
 def _read(path: Path, piece: str, way_out: str, reader: Callable[[], Read]) -> Read:
@@ -381,6 +402,30 @@ def _check_comparable(runs: Sequence[Run]) -> None:
             raise FormatError(
                 f"run {lack.name}: {lack.folder.analysis / 'results.json'} has no {measure} of "
                 f"{subject or 'the model'}, which run {have.name} has; run `xalign analyze {lack.folder.path}` again."
+            )
+
+
+def _check_evaluations(runs: Sequence[Run]) -> None:
+    """Evaluated are all runs, on the same text and at the same steps, or none."""
+    first = next((run for run in runs if run.evaluation is not None), None)
+    if first is None or first.evaluation is None:
+        return
+    for run in runs:
+        again = f"evaluate all runs of the series alike: `xalign evaluate {run.folder.path}`."
+        if run.evaluation is None:
+            raise FormatError(f"run {run.name} was not evaluated, and run {first.name} was; {again}")
+        for key in ("texts_sha256", "most", "lm_eval_tasks"):
+            ours, theirs = first.evaluation.context.get(key), run.evaluation.context.get(key)
+            if ours != theirs:
+                raise FormatError(
+                    f"runs {first.name} and {run.name} were evaluated differently: {key} is {ours} and {theirs}; "
+                    f"{again}"
+                )
+        steps = [one.evaluation.steps for one in (first, run) if one.evaluation is not None]
+        if steps[0][-1] != steps[1][-1]:
+            raise FormatError(
+                f"run {first.name} was evaluated up to step {steps[0][-1]} and run {run.name} up to {steps[1][-1]}; "
+                f"{again}"
             )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from megatron_xalign.config import to_yaml
 from megatron_xalign.formats.results import Row
 from megatron_xalign.report.answer import best_retrieval
 from megatron_xalign.report.series import RETRIEVAL, Run, Series
-from megatron_xalign.report.wording import duration, language_name, layer_name, percent, thousands
+from megatron_xalign.report.wording import direction_name, duration, language_name, layer_name, percent, thousands
 
 MISSING = "\u2013"
 
@@ -37,11 +38,12 @@ class Table:
 
 def alignment_table(series: Series) -> Table:
     """What the first figure ends at: one row per run and pair."""
-    several = len(series.pairs) > 1
+    several, unshared = len(series.pairs) > 1, series.has("retrieval_centred_unshared")
     table = Table(
         f"Alignment at step {thousands(series.step)}, each run at its best layer",
         ["parallel data", *(["languages"] if several else []), "layer", "retrieved, centred", "95\u00a0% interval",
-         "chance", "untrained, best layer", "at emb", *(["not centred"] if series.has("retrieval") else []),
+         "chance", "untrained, best layer", "at emb",
+         *(["without shared tokens"] if unshared else []), *(["not centred"] if series.has("retrieval") else []),
          "cosine gap", "CKA", "CKA permuted"],
     )  # fmt: skip
     for pair in series.pairs:
@@ -58,6 +60,7 @@ def alignment_table(series: Series) -> Table:
                 Cell(percent(series.chance)),
                 _share(best_retrieval(run, pair, 0) if run.by_layer(RETRIEVAL, pair, 0) else None),
                 _share(run.at(RETRIEVAL, -1, pair, series.step)),
+                *([_share(run.at("retrieval_centred_unshared", layer, pair, series.step))] if unshared else []),
                 *([_share(run.at("retrieval", layer, pair, series.step))] if series.has("retrieval") else []),
                 _number(run.at("cosine_gap", layer, pair, series.step), 3),
                 _number(run.at("cka", layer, pair, series.step), 3),
@@ -106,6 +109,70 @@ def language_table(series: Series) -> Table:
             cells += [_number(run.at(measure, None, code, series.step), digits) for measure, _, digits in measures]
             table.rows.append((run.label, cells))
     return table
+
+
+_SHARED = [
+    ("vocabulary_jaccard", "tokens used by both, of those used"), ("vocabulary_mass", "shared unigram mass"),
+    ("pairs_sharing_tokens", "pairs that share a token"), ("pairs_identical", "pairs of equal tokens"),
+]  # fmt: skip
+
+
+def vocabulary_table(series: Series) -> Table | None:
+    """What languages share before any layer, a row a pair of languages; None if the tokens were not known."""
+    if not series.has("vocabulary_mass"):
+        return None
+    table = Table(
+        "Shared before any layer: tokens of the held-out sentences (those without a letter or digit count as shared by "
+        "no pair)", ["languages", *(title for _, title in _SHARED)],
+    )  # fmt: skip
+    run = series.runs[0]
+    for pair in series.pairs:
+        cells = [_share(next(iter(run.curve(measure, None, pair)), None)) for measure, _ in _SHARED]
+        table.rows.append((series.pair_name(pair), cells))
+    return table
+
+
+def evaluation_table(series: Series) -> Table | None:
+    """What ``xalign evaluate`` says of every run's last checkpoint; None if it was not run."""
+    evaluation = series.runs[0].evaluation
+    if evaluation is None:
+        return None
+    columns = [
+        *(("eval_nll_per_token", subject, f"perplexity, {language_name(subject)}")
+          for _, subject in series.evaluated("eval_nll_per_token")),
+        *(("eval_bits_per_byte", subject, f"bits per byte, {language_name(subject)}")
+          for _, subject in series.evaluated("eval_bits_per_byte")),
+        *((measure, subject, f"right translation, {direction_name(subject, series.languages)}")
+          for measure, subject in series.evaluated("translation_choice") if measure == "translation_choice"),
+        *((measure, subject, f"{subject}, {_words(measure.removeprefix('lm_eval.'))}")
+          for measure, subject in series.evaluated("lm_eval.")),
+    ]  # fmt: skip
+    table = Table(
+        f"Evaluation of the checkpoints of step {thousands(evaluation.steps[-1])}, with 95\u00a0% intervals",
+        ["parallel data", *(title for _, _, title in columns)],
+    )
+    for run in series.runs:
+        cells = []
+        for measure, subject, _ in columns:
+            rows = run.evaluated(measure, subject)
+            cells.append(_measured(rows[-1] if rows else None, measure))
+        table.rows.append((run.label, cells))
+    return table
+
+
+def _measured(row: Row | None, measure: str) -> Cell:
+    """A number with its interval: perplexity for nats, a share for translations."""
+    if row is None:
+        return Cell(MISSING)
+    write: Callable[[float], str]
+    if measure == "eval_nll_per_token":
+        write = lambda value: thousands(math.exp(value), 1)  # noqa: E731
+    elif measure == "translation_choice":
+        write = percent
+    else:
+        write = lambda value: thousands(value, 3)  # noqa: E731
+    interval = "" if row.low is None or row.high is None else f" ({write(row.low)} to {write(row.high)})"
+    return Cell(write(row.value) + interval)
 
 
 def audit_table(series: Series) -> Table:

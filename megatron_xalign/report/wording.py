@@ -32,6 +32,14 @@ def pair_name(pair: str, languages: Sequence[str]) -> str:
     return pair
 
 
+def direction_name(subject: str, languages: Sequence[str]) -> str:
+    """``eng_Latn-fin_Latn`` -> ``English to Finnish``; a language by itself by its name."""
+    for one, other in itertools.permutations(languages, 2):
+        if f"{one}-{other}" == subject:
+            return f"{language_name(one)} to {language_name(other)}"
+    return language_name(subject)
+
+
 def layer_name(layer: int) -> str:
     """``emb`` for the embedding output, else the 0-based number."""
     return "emb" if layer < 0 else str(layer)

@@ -161,7 +161,7 @@ def _capture_hugging_face(
     model = hugging_face.load_model(source, device, dtype)
     tokenizer = hugging_face.load_tokenizer(source)
     in_front = hugging_face.prefix_token(tokenizer, prefix)
-    sentences, languages = _sentences(probe, lambda texts: hugging_face.encode(tokenizer, texts))
+    sentences, languages = probe_sentences(probe, lambda texts: hugging_face.encode(tokenizer, texts))
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(int(sentence.tokens.max(initial=0)) for sentence in sentences)
     if largest >= rows:
@@ -206,7 +206,7 @@ def _capture_checkpoint(
             f"{path} is not the tokenizer {checkpoint} was trained with (SHA-256 {tokenizer.sha256[:12]}... against "
             f"{trained_with[:12]}...); its tokens would mean something else to the model."
         )
-    sentences, languages = _sentences(probe, tokenizer.encode)
+    sentences, languages = probe_sentences(probe, tokenizer.encode)
     params_dtype: ParamsDtype = "fp32" if dtype == "float32" else "bf16"
     with load_model(checkpoint, parallel, params_dtype, documents_apart=True) as loaded:
         current_batch, ranks = CurrentBatch(), loaded.ranks
@@ -225,7 +225,8 @@ def _capture_checkpoint(
         folder = capture_probe(subject, sentences, languages, out, ranks, layers=layers, batch_tokens=batch_tokens)
         facts = {
             "kind": "checkpoint", "checkpoint": str(checkpoint), "dtype": dtype, "prefix_token": subject.prefix_token,
-            "device": str(ranks.device), "tensor_size": ranks.tensor_size, "pipeline_size": ranks.pipeline_size,
+            "tokenizer": str(path), "device": str(ranks.device), "tensor_size": ranks.tensor_size,
+            "pipeline_size": ranks.pipeline_size,
         }
         return folder, facts if ranks.rank == 0 else None
 
@@ -240,7 +241,8 @@ def _read_pairs(probe: Path) -> tuple[list[tuple[str, dict[str, str]]], list[str
     return pairs, list(dict.fromkeys(language for _, texts in pairs for language in texts))
 
 
-def _sentences(probe: Path, encode: Callable[[Sequence[str]], Sequence[Any]]) -> tuple[list[Any], list[str]]:
+def probe_sentences(probe: Path, encode: Callable[[Sequence[str]], Sequence[Any]]) -> tuple[list[Any], list[str]]:
+    """Every sentence of a probe file, encoded, and the languages in the order in which they appear."""
     from megatron_xalign.capture.probe import ProbeSentence
 
     pairs, languages = _read_pairs(probe)

@@ -50,7 +50,7 @@ def evaluate(folder: Path, plan: EvaluationPlan) -> Results:
     """
     is_run = (folder / "config.yaml").is_file()
     texts = texts_of(folder, plan)
-    out = RunFolder(folder).analysis / "evaluation" if is_run else folder / "evaluation"
+    out = RunFolder(folder).evaluation if is_run else folder / "evaluation"
     rows: list[Row] = []
     for step, consumed_tokens, identity, source in _models(folder, is_run):
         key = _key(identity, texts, plan)

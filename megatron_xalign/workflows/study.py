@@ -14,8 +14,9 @@ from megatron_xalign.formats.run_folder import RunFolder
 def analyze(run: Path) -> Any:
     """Compute every measure from a run's neuron statistics and write them into the run; return them."""
     from megatron_xalign.analysis.series import analyze_run
+    from megatron_xalign.workflows.probe_tokens import probe_tokens
 
-    return analyze_run(run)
+    return analyze_run(run, probe_tokens=probe_tokens(run))
 
 
 def is_analysed(run: Path) -> bool:

@@ -7,22 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_xalign.analysis import retrieval
 from megatron_xalign.analysis.claims import Claim, weigh_claims
 from megatron_xalign.config import CaptureConfig, DataConfig, MixtureConfig, RunConfig, to_yaml
 from megatron_xalign.errors import FormatError
-from megatron_xalign.formats.neuron_stats import (
-    Shard,
-    StatsIndex,
-    begin_neuron_stats,
-    finish_neuron_stats,
-    stats_folder,
-    write_shard,
-)
 from megatron_xalign.formats.results import Results, Row, write_results
 
 LANGUAGES = ("eng_Latn", "fin_Latn")
 PAIR = "eng_Latn-fin_Latn"
-SENTENCES, HIDDEN, LAYERS = 120, 12, 1
+SENTENCES, HIDDEN = 120, 12
 STEPS = (0, 10, 20, 40, 60)
 
 
@@ -40,44 +33,21 @@ def write_run(root: Path, fraction: float, seed: int, early: float, final: float
     )
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(to_yaml(config))
-    rows = []
-    for step in STEPS:
+    rows, hits = [], np.zeros((len(STEPS), 1, 2, SENTENCES), np.uint8)
+    for place, step in enumerate(STEPS):
         random = np.random.default_rng([seed, step, int(1000 * fraction)])
         shared = np.random.default_rng(0).normal(size=(SENTENCES, HIDDEN))
         part = alignment(step, early, final)
         sides = [part * shared + (1 - part) * random.normal(size=(SENTENCES, HIDDEN)) + side for side in (0, 3)]
-        residual = np.empty((2 * SENTENCES, LAYERS + 1, HIDDEN), np.float32)
-        residual[0::2], residual[1::2] = sides[0][:, None], sides[1][:, None]
-        write_statistics(run, step, residual)
+        found = retrieval.bitext_accuracy(*sides, centred=True)
+        hits[place] = found.forward_hit_D.astype(np.uint8) + found.backward_hit_D
         for layer in (-1, 0):
             rows.append(Row(step, step * 100, "retrieval_centred", layer, PAIR, part * (0.5 if layer < 0 else 1)))
         for language in LANGUAGES:
             rows.append(Row(step, step * 100, "ap_count_0.9", None, language, float(neurons + seed)))
-    write_results(run / "analysis", Results({"probed_languages": list(LANGUAGES)}, rows))
+    context = {"probed_languages": list(LANGUAGES), "language_pairs": [PAIR], "steps": list(STEPS)}
+    write_results(run / "analysis", Results(context, rows, {"sentence_retrieval": hits}))
     return run
-
-
-def write_statistics(run: Path, step: int, residual: np.ndarray) -> None:
-    documents = len(residual)
-    index = StatsIndex(
-        run_name=run.name, step=step, consumed_tokens=100 * step, languages=LANGUAGES, num_layers=LAYERS,
-        ffn_hidden_size=4, hidden_size=HIDDEN, document_ids=tuple(f"s{number}" for number in range(documents)),
-        document_languages=tuple(LANGUAGES[number % 2] for number in range(documents)),
-        document_pairs=tuple(f"pair{number // 2}" for number in range(documents)), probe_sha256="ab" * 32,
-    )
-    arrays = {
-        "probe_neuron_mean_DLF": np.zeros((documents, LAYERS, 4), np.float32), "probe_residual_mean_DMH": residual,
-        "probe_tokens_D": np.ones(documents, np.int64), "probe_bytes_D": np.ones(documents, np.int64),
-        "probe_nll_D": np.ones(documents), "probe_tokens_K": np.ones(2, np.int64),
-        "probe_gate_positive_KLF": np.zeros((2, LAYERS, 4), np.int64),
-    }
-    shard = Shard(
-        tensor_rank=0, pipeline_rank=0, layers=(0,), neurons=(0, 4), residual_rows=(0, 1), residual_columns=(0, HIDDEN),
-        arrays=arrays,
-    )
-    folder = stats_folder(run, step)
-    begin_neuron_stats(folder)
-    finish_neuron_stats(folder, index, [write_shard(folder, shard)])
 
 
 def weighed(root: Path, seeds: int, early: float, final: float, neurons: int) -> dict[str, Claim]:
@@ -128,9 +98,12 @@ def test_one_fraction_makes_no_claim_and_controls_stand_aside(tmp_path: Path) ->
     assert weigh_claims(runs, {"p0.2-s1": "shuffled"}) == []
 
 
-def test_a_run_without_statistics_is_named(tmp_path: Path) -> None:
+def test_a_run_that_was_not_analysed_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path, 0.05, 1, 0, 0.8, 500)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.yaml").write_text((run / "config.yaml").read_text())
-    with pytest.raises(FormatError, match="empty/neurons holds no statistics"):
+    with pytest.raises(FormatError, match="empty/analysis"):
+        weigh_claims([run, tmp_path / "empty"])
+    write_results(tmp_path / "empty" / "analysis", Results({"steps": list(STEPS)}, [Row(0, 0, "cka", 0, PAIR, 0.5)]))
+    with pytest.raises(FormatError, match=r"sentence_retrieval.*xalign analyze"):
         weigh_claims([run, tmp_path / "empty"])

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from megatron_xalign.analysis import neurons, projection, resampling, retrieval, similarity
-from megatron_xalign.analysis.series import AnalysisOptions, analyze_run
+from megatron_xalign.analysis.series import LEAST_UNSHARED, AnalysisOptions, analyze_run
+from megatron_xalign.analysis.vocabulary import ProbeTokens
 from megatron_xalign.config import CaptureConfig, DataConfig, MixtureConfig, RunConfig, TrainingConfig, to_yaml
 from megatron_xalign.errors import FormatError
 from megatron_xalign.formats.neuron_stats import (
@@ -255,6 +256,43 @@ def test_what_each_sentence_adds_is_kept_for_tests_between_runs(analysed: tuple[
                 assert own[1] == pytest.approx(value(results, "retrieval_centred", layer, subject, step))
         stats = read_neuron_stats(stats_folder(analysed[0], step))
         np.testing.assert_allclose(losses[at, 2], stats.probe_nll_D[stats.rows("fin_Latn")], rtol=1e-6)
+
+
+def test_what_languages_share_before_any_layer_is_told_where_the_tokens_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted by Python's sets; retrieval of the other pairs from what every sentence adds."""
+    run = write_run(tmp_path / "p0.3")
+    random = np.random.default_rng(1)
+    # Token 0 is a full stop, in every sentence; 10 to 14 are each language's own.
+    sentences = [
+        [0, *random.integers(1, 3, 1), 10 + 5 * (number % len(LANGUAGES))]
+        for number in range(NUM_PAIRS * len(LANGUAGES))
+    ]
+    monkeypatch.setattr("megatron_xalign.analysis.series.LEAST_UNSHARED", 5)
+    results = analyze_run(run, OPTIONS, probe_tokens=ProbeTokens(sentences, 40, wordless=[0]))
+    one, other = (
+        [set(sentences[number]) for number in range(start, len(sentences), len(LANGUAGES))] for start in (1, 2)
+    )
+    subject = "eng_Latn-fin_Latn"
+    used = set.union(*one), set.union(*other)
+    assert value(results, "vocabulary_jaccard", None, subject, 80) == len(used[0] & used[1]) / len(used[0] | used[1])
+    shared = np.array([bool(a & b - {0}) for a, b in zip(one, other, strict=True)])
+    assert 5 < shared.sum() < NUM_PAIRS - 5
+    assert value(results, "pairs_sharing_tokens", None, subject, 80) == pytest.approx(shared.mean())
+    assert value(results, "pairs_identical", None, subject, 80) == 0
+    # Two of three tokens may be shared.
+    assert 1 / 3 < value(results, "vocabulary_mass", None, subject, 80) < 2 / 3
+    place = results.context["language_pairs"].index(subject)
+    for layer in range(-1, NUM_LAYERS):
+        hits_P = results.arrays["sentence_retrieval"][1, place, layer + 1] / 2
+        assert value(results, "retrieval_centred_unshared", layer, subject, 50) == pytest.approx(hits_P[~shared].mean())
+    assert results.context["pairs_without_shared_tokens"][subject] == (~shared).sum()
+    monkeypatch.undo()
+    few = analyze_run(run, OPTIONS, probe_tokens=ProbeTokens(sentences, 40, wordless=[0]))
+    assert NUM_PAIRS <= LEAST_UNSHARED and not few.select(measure="retrieval_centred_unshared")
+    with pytest.raises(ValueError, match="59 sentences as tokens; the probe has 60"):
+        analyze_run(run, OPTIONS, probe_tokens=ProbeTokens(sentences[1:], 40))
 
 
 def test_best_neurons_of_the_last_step_are_all_kept(analysed: tuple[Path, Results]) -> None:

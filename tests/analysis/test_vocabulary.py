@@ -24,6 +24,7 @@ def test_overlap_of_tokens_and_of_their_use() -> None:
 def test_pairs_with_shared_and_with_the_same_tokens_are_told() -> None:
     a, b = [[1, 2], [3], [4, 5]], [[2, 9], [8], [4, 5]]
     assert vocabulary.shares_tokens(a, b).tolist() == [True, False, True]
+    assert vocabulary.shares_tokens(a, b, ignored=[2]).tolist() == [False, False, True]
     assert vocabulary.identical_pairs(a, b).tolist() == [False, False, True]
     with pytest.raises(ValueError, match="3 sentences and 2"):
         vocabulary.shares_tokens(a, b[:2])

@@ -18,7 +18,7 @@ import pytest
 
 from megatron_xalign.errors import ConfigError, FormatError
 from megatron_xalign.formats.atomic import write_json
-from megatron_xalign.formats.results import read_results
+from megatron_xalign.formats.results import Results, Row, read_results, write_results
 from megatron_xalign.report.page import write_report
 from megatron_xalign.report.series import RETRIEVAL, read_series
 from megatron_xalign.report.tables import alignment_table
@@ -286,6 +286,38 @@ def odd_run(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path
     )  # fmt: skip
     write_report([run], root / "out")
     return root
+
+
+def test_evaluation_and_shared_vocabulary_are_shown_where_they_were_measured(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    runs = [make_run(tmp_path / "a", 0.0), make_run(tmp_path / "b", 0.1)]
+    pair = "eng_Latn-fin_Latn"
+    for number, run in enumerate(runs):
+        rows = [
+            Row(600, 1000, measure, None, subject, center + number / 10, center - 0.1, center + 0.2)
+            for measure, subject, center in (
+                ("eval_bits_per_byte", "eng_Latn", 2.25), ("eval_nll_per_token", "eng_Latn", 4.0),
+                ("translation_choice", pair, 0.31), ("lm_eval.acc", "belebele_fin", 0.257),
+            )
+        ]
+        write_results(run / "analysis" / "evaluation", Results({"most": 10}, rows))
+        results = read_results(run / "analysis")
+        shared = [
+            Row(600, 1000, measure, None, pair, 0.4321)
+            for measure in ("vocabulary_jaccard", "vocabulary_mass", "pairs_sharing_tokens", "pairs_identical")
+        ]
+        own = [Row(600, 1000, "retrieval_centred_unshared", layer, pair, 0.1234) for layer in range(-1, 4)]
+        write_results(run / "analysis", Results(results.context, [*results.rows, *shared, *own], results.arrays))
+    path = write_report(runs, tmp_path / "report")
+    text = path.read_text(encoding="utf-8")
+    for words in (
+        "perplexity, English", "54.6 (49.4 to 66.7)", "right translation, English to Finnish", "31.0",
+        "belebele_fin, acc", "0.357", "43.2", "12.3",
+    ):
+        assert words in text, words
+    with (tmp_path / "report" / "figures" / "evaluation.csv").open(encoding="utf-8") as file:
+        assert {line["measure"] for line in csv.DictReader(file)} == {"eval_bits_per_byte", "translation_choice"}
 
 
 def test_one_run_makes_a_report_that_claims_nothing_about_parallel_data(odd_run: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_xalign.errors import ConfigError, FormatError
+from megatron_xalign.formats.results import Results, Row, write_results
 from megatron_xalign.report.series import RETRIEVAL, read_series
 
 MakeRun = Callable[..., Path]
@@ -120,6 +121,36 @@ def test_an_audit_that_is_none_is_refused(make_run: MakeRun, tmp_path: Path) -> 
     (run / "audit.json").write_text("{}")
     with pytest.raises(FormatError, match="has no entry 'asked'"):
         read_series([run])
+
+
+def write_evaluation(run: Path, context: dict[str, object], last: int = 100) -> None:
+    rows = [
+        Row(step, step * 10, measure, None, subject, number + step / 1000, number - 0.01, number + 0.2)
+        for step in (50, last)
+        for measure, subject, number in (
+            ("eval_bits_per_byte", "eng_Latn", 2.0), ("eval_nll_per_token", "eng_Latn", 4.0),
+            ("translation_choice", "eng_Latn-fin_Latn", 0.31), ("translation_choice_raw", "eng_Latn-fin_Latn", 0.3),
+            ("lm_eval.acc", "belebele_fin", 0.25),
+        )
+    ]
+    write_results(run / "analysis" / "evaluation", Results(context, rows))
+
+
+def test_runs_are_evaluated_alike_or_not_at_all(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", 0.0, steps=STEPS), make_run(tmp_path / "b", 0.1, steps=STEPS)]
+    facts: dict[str, object] = {"texts_sha256": "0" * 64, "most": 200, "lm_eval_tasks": []}
+    write_evaluation(runs[0], facts)
+    with pytest.raises(FormatError, match=r"run p0\.1 was not evaluated, and run p0 was; .*`xalign evaluate .*/b`"):
+        read_series(runs)
+    write_evaluation(runs[1], facts | {"most": 20})
+    with pytest.raises(FormatError, match="evaluated differently: most is 200 and 20"):
+        read_series(runs)
+    write_evaluation(runs[1], facts, last=80)
+    with pytest.raises(FormatError, match=r"p0 was evaluated up to step 100 and run p0\.1 up to 80"):
+        read_series(runs)
+    write_evaluation(runs[1], facts)
+    series = read_series(runs)
+    assert [row.step for row in series.runs[1].evaluated("eval_bits_per_byte", "eng_Latn")] == [50, 100]
 
 
 def test_one_folder_given_twice_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
