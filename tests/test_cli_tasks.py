@@ -80,3 +80,17 @@ def test_options_of_an_executor_are_numbers_words_and_branches() -> None:
     assert found == {
         "partition": "cpu", "cpus_per_task": 4, "requeue": False, "sbatch_args": {"account": "p_1"}, "time": "01:00:00",
     }
+
+
+def test_a_line_longer_than_asked_counts_as_malformed(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (tmp_path / "fin.jsonl").read_bytes().splitlines()
+    short = sum(len(line) <= 100 for line in lines)
+    assert 0 < short < 500
+    command = [*arguments, "--output-prefix", str(tmp_path / "short"), "--max-line-bytes", "100"]
+    assert main("preprocess", command) == 1
+    assert "longer than max_line_bytes=100" in capsys.readouterr().err
+    assert main("preprocess", [*command, "--on-error", "skip"]) == 0
+    manifest = json.loads((tmp_path / "short.manifest.json").read_text(encoding="utf-8"))
+    assert (manifest["documents"], manifest["counts"]["malformed"]) == (short, 500 - short)

@@ -9,6 +9,7 @@ from megatron_xalign.cli.arguments import (
     language_list,
     language_map,
     pair_rule,
+    positive,
     word_list,
 )
 from megatron_xalign.errors import ConfigError
@@ -57,6 +58,10 @@ def add_records(group: Any) -> None:
         "--text-unit", choices=("line", "paragraph", "file"), default="line", help="plain text: one document (line)"
     )
     group.add_argument("--tsv-header", action="store_true", help="the first line of a TSV names its columns")
+    group.add_argument(
+        "--max-line-bytes", type=positive, default=1 << 30, metavar="N",
+        help="a longer line (or plain-text document) counts as malformed (default: 1 GiB)",
+    )
 
 
 def fields_of(options: argparse.Namespace) -> list[Fields]:
@@ -65,7 +70,7 @@ def fields_of(options: argparse.Namespace) -> list[Fields]:
 
     common: dict[str, Any] = {
         "id_key": options.id_key, "language_map": options.language_map, "text_unit": options.text_unit,
-        "tsv_header": options.tsv_header,
+        "tsv_header": options.tsv_header, "max_line_bytes": options.max_line_bytes,
     }
     if options.pairs is not None:
         return [
