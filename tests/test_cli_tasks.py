@@ -93,4 +93,5 @@ def test_a_line_longer_than_asked_counts_as_malformed(
     assert "longer than max_line_bytes=100" in capsys.readouterr().err
     assert main("preprocess", [*command, "--on-error", "skip"]) == 0
     manifest = json.loads((tmp_path / "short.manifest.json").read_text(encoding="utf-8"))
-    assert (manifest["documents"], manifest["counts"]["malformed"]) == (short, 500 - short)
+    assert manifest["documents"] == short
+    assert manifest["counts"]["skipped"] == {"longer than max_line_bytes=100": 500 - short}
