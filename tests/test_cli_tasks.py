@@ -94,4 +94,4 @@ def test_a_line_longer_than_asked_counts_as_malformed(
     assert main("preprocess", [*command, "--on-error", "skip"]) == 0
     manifest = json.loads((tmp_path / "short.manifest.json").read_text(encoding="utf-8"))
     assert manifest["documents"] == short
-    assert manifest["counts"]["skipped"] == {"longer than max_line_bytes=100": 500 - short}
+    assert manifest["counts"]["skipped_lines"] == {"longer than max_line_bytes=100": 500 - short}
