@@ -1,9 +1,11 @@
 """Tokens a second of our training loop, against a bare Megatron-Core loop and against transformers with plain PyTorch.
 
-One process of one thread; the same model, initial weights, batches and AdamW. What does our loop (mixture statistics,
-losses by language and source, heartbeat, logging) cost on top of Megatron-Core's schedule, DDP and optimizer; and is
-the whole slower than what one would write by hand? Contestants take turns, a few steps a turn, in one process; CPU
-seconds are counted, medians of turns compared, and their losses must agree.
+The same model, initial weights, batches and AdamW, one thread. What does our loop (mixture statistics, losses by
+language and source, heartbeat, logging) cost on top of Megatron-Core's schedule, DDP and optimizer; and is the whole
+slower than what one would write by hand? The first two run the same model, so that nothing but the loop differs. Each
+contestant has a process of its own, so that the one in plain PyTorch does not carry what makes Megatron-Core run on a
+CPU. They take turns, a few steps a turn; CPU seconds are counted, medians of turns compared, and their losses must
+agree.
 
     python benchmarks/train_step.py [--quick] [--rounds N]
 """
@@ -11,10 +13,14 @@ seconds are counted, medians of turns compared, and their losses must agree.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +39,7 @@ LANGUAGES, SOURCES = ("eng_Latn", "fin_Latn"), ("mono", "pairs")
 MODEL = ModelConfig(num_layers=4, hidden_size=192, ffn_hidden_size=512, num_attention_heads=6)
 SMALL = ModelConfig(num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4)
 OPTIMIZER = OptimizerConfig(lr=1e-3, min_lr=1e-3, lr_decay_style="constant", lr_warmup_steps=0, clip_grad=1.0)
+OURS, BARE, PLAIN = "ours", "bare Megatron-Core", "transformers + PyTorch"
 STEPS_OF_ALL = 1_000_000
 """Length of the schedule; constant, so that it makes no difference."""
 
@@ -221,60 +228,122 @@ def hugging_face_weights(model: ModelConfig, chunk: Any) -> dict[str, Any]:
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
+def play(contestant: str, model: ModelConfig, folder: Path) -> None:
+    """Be one contestant: train as many steps as each line of standard input says, and print what they took."""
+    import torch
+
+    torch.set_num_threads(1)
+    samples = Samples(4)
+    with ExitStack() as stack:
+        if contestant == PLAIN:
+            from safetensors.torch import load_file
+
+            run = plain_torch(model, load_file(folder / "weights.safetensors"), samples)
+        else:
+            from safetensors.torch import save_file
+
+            ranks = stack.enter_context(topology.start(ParallelConfig(), SEED))
+            chunks, optimizer = build(model, ranks)
+            if contestant == BARE:
+                run = bare_core(chunks, optimizer, samples, ranks)
+                save_file(hugging_face_weights(model, chunks[0]), folder / "weights.safetensors")
+            else:
+                run = our_loop(chunks, optimizer, samples, ranks, folder)
+        print(json.dumps({"ready": True}), flush=True)
+        for line in sys.stdin:
+            cpu, wall = time.process_time(), time.perf_counter()
+            losses = run(int(line))
+            print(
+                json.dumps({
+                    "cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, "loss": losses[-1],
+                }),
+                flush=True,
+            )
+
+
+class Player:
+    """A contestant in a process of its own."""
+
+    def __init__(self, name: str, small: bool, folder: Path) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--play", name, "--folder", str(folder), *(["--small"] if small else [])],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        self._answer()
+
+    def run(self, steps: int) -> dict[str, float]:
+        """Let it train so many steps; what they took, and their mean loss."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                found: dict[str, float] = json.loads(line)
+                return found
+        raise SystemExit(f"{self.name} ended with exit code {self._process.wait()}.")
+
+    def end(self) -> None:
+        """No more turns."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="the small model of --quick, as many turns as asked")
     parser.add_argument("--quick", action="store_true", help="a small model and few steps: shows that it runs")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant")
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
+    parser.add_argument("--play", choices=(OURS, BARE, PLAIN), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    model, rounds, steps = (SMALL, 2, 1) if options.quick else (MODEL, options.rounds, options.steps)
-    model = SMALL if options.small else model
+    small = options.small or options.quick
+    if options.play:
+        play(options.play, SMALL if small else MODEL, options.folder)
+        return
+    rounds, steps = (2, 1) if options.quick else (options.rounds, options.steps)
+    names = [OURS, BARE]
+    if importlib.util.find_spec("transformers") is not None:
+        names.append(PLAIN)
+    else:
+        print("transformers is not installed; left out: pip install 'megatron-xalign[convert]'")
 
-    with tempfile.TemporaryDirectory() as name, topology.start(ParallelConfig(), SEED) as ranks:
-        import torch
-
-        torch.set_num_threads(1)
-        samples = Samples(4)
-        ours_built, bare_built = build(model, ranks), build(model, ranks)
-        contestants: dict[str, Callable[[int], list[float]]] = {
-            "ours": our_loop(*ours_built, samples, ranks, Path(name)),
-            "bare Megatron-Core": bare_core(*bare_built, samples, ranks),
-        }
-        try:
-            contestants["transformers + PyTorch"] = plain_torch(
-                model, hugging_face_weights(model, bare_built[0][0]), samples
-            )
-        except ImportError:
-            print("transformers is not installed; left out: pip install 'megatron-xalign[convert]'")
-        cpu: dict[str, list[float]] = {name: [] for name in contestants}
-        wall: dict[str, list[float]] = {name: [] for name in contestants}
-        losses: dict[str, list[float]] = {}
-        names = list(contestants)
+    cpu: dict[str, list[float]] = {name: [] for name in names}
+    wall: dict[str, list[float]] = {name: [] for name in names}
+    losses: dict[str, list[float]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        players = {}
+        for name in names:
+            players[name] = Player(name, small, Path(folder))
+            stack.callback(players[name].end)
         for turn in range(rounds + 1):
-            for contestant in names[turn % len(names) :] + names[: turn % len(names)]:
-                begun, clock = time.process_time(), time.perf_counter()
-                losses[contestant] = contestants[contestant](steps)
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                found = players[name].run(steps)
+                losses[name].append(found["loss"])
                 if turn > 0:  # the first turn warms up
-                    cpu[contestant].append(time.process_time() - begun)
-                    wall[contestant].append(time.perf_counter() - clock)
+                    cpu[name].append(found["cpu"])
+                    wall[name].append(found["wall"])
     tokens = steps * GLOBAL_BATCH * LENGTH
-    speed = {contestant: tokens / median(seconds) for contestant, seconds in cpu.items()}
-    for contestant in names:
+    speed = {name: tokens / median(seconds) for name, seconds in cpu.items()}
+    for name in names:
         print(
-            f"{contestant:24s} {speed[contestant]:10,.0f} tokens a CPU second "
-            f"({tokens / min(cpu[contestant]):,.0f} in the best turn), "
-            f"{tokens / median(wall[contestant]):10,.0f} a second; losses {losses[contestant][0]:.6f} ... "
-            f"{losses[contestant][-1]:.6f}"
+            f"{name:24s} {speed[name]:10,.0f} tokens a CPU second ({tokens / min(cpu[name]):,.0f} in the best turn), "
+            f"{tokens / median(wall[name]):10,.0f} a second; losses {losses[name][0]:.6f} ... {losses[name][-1]:.6f}"
         )
         # The same job: the same losses.
-        difference = max(abs(a - b) for a, b in zip(losses["ours"], losses[contestant], strict=True))
+        difference = max(abs(a - b) for a, b in zip(losses[OURS], losses[name], strict=True))
         if difference > 1e-3:
-            raise SystemExit(f"{contestant} trained something else: its losses differ by {difference:g}")
-    goals = {"bare Megatron-Core": 0.98, "transformers + PyTorch": 1.0}
+            raise SystemExit(f"{name} trained something else: its losses differ by {difference:g}")
+    goals = {BARE: 0.98, PLAIN: 1.0}
     print_result([
         answer(
-            f"train step against {peer}", ours=speed["ours"], peer=speed[peer], goal=goal, unit="tokens / CPU second",
+            f"train step against {peer}", ours=speed[OURS], peer=speed[peer], goal=goal, unit="tokens / CPU second",
             better="higher",
         )
         for peer, goal in goals.items()

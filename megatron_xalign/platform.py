@@ -22,6 +22,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
+WEIGHT_GRADIENT_KERNELS = "fused_weight_gradient_mlp_cuda"
+"""The extension of apex that adds a matrix' gradient to the gradient buffer in the product itself."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,21 @@ def _patch_rng_state() -> None:
     _set(random, "_set_cuda_rng_state", set_state)
 
 
+def _patch_weight_gradient() -> None:
+    """Add the gradient of a matrix to Megatron's gradient buffer in the product itself, for which it asks apex."""
+
+    def add_product(input_MI: torch.Tensor, gradient_MO: torch.Tensor, main_grad_OI: torch.Tensor) -> None:
+        if gradient_MO.dtype == main_grad_OI.dtype:
+            main_grad_OI.addmm_(gradient_MO.t(), input_MI)
+        else:
+            main_grad_OI.add_(gradient_MO.t() @ input_MI)
+
+    kernels = types.ModuleType(WEIGHT_GRADIENT_KERNELS, "Stand-in: the kernels of this name are for CUDA.")
+    for name in ("wgrad_gemm_accum_fp32", "wgrad_gemm_accum_fp16"):
+        _set(kernels, name, add_product)
+    sys.modules[WEIGHT_GRADIENT_KERNELS] = kernels
+
+
 def _patch_paged_stash() -> None:
     """Stand in for a module of mixture-of-experts kernels that imports triton when ``megatron.core`` is imported.
 
@@ -154,6 +171,13 @@ def _patch_paged_stash() -> None:
 
 
 PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "weight_gradient",
+        "tensor_parallel.layers: gradient_accumulation_fusion, which saves a copy and an addition of every matrix' "
+        "gradient in every micro-batch. Without it training is slower.",
+        (),
+        _patch_weight_gradient,
+    ),
     Patch(
         "paged_stash",
         "0.19: pipeline_parallel.schedules imports transformer.moe.ops.paged_stash, which imports triton; torch's CPU "

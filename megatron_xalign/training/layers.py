@@ -130,7 +130,8 @@ class CausalAttention(torch.nn.Module):
             self._attend(piece, key[:, :, : where.stop], value[:, :, : where.stop], where, attention_mask)
             for piece, where in zip(query.chunk(len(rows), dim=2), rows, strict=True)
         ]
-        return torch.cat(out, dim=2).permute(2, 0, 1, 3).flatten(2)
+        whole = out[0] if len(out) == 1 else torch.cat(out, dim=2)
+        return whole.permute(2, 0, 1, 3).flatten(2)
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, where: slice,

@@ -13,9 +13,11 @@ import torch
 
 from megatron_xalign.config import ModelConfig, ParallelConfig, ParamsDtype, TrainingConfig
 from megatron_xalign.errors import ConfigError
+from megatron_xalign.platform import WEIGHT_GRADIENT_KERNELS
 from megatron_xalign.topology import Ranks
 from megatron_xalign.training import precision
 from megatron_xalign.training.backends import PLAIN, Choice, attention_class, final_norm, te_layer_spec, with_own_fp8
+from megatron_xalign.training.cross_entropy import use_whole_vocabulary
 from megatron_xalign.training.fp8_linear import enable_fp8
 from megatron_xalign.training.initial_weights import initialize
 from megatron_xalign.training.layers import CausalAttention, Norm
@@ -92,7 +94,7 @@ def transformer_config(
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": _adds_weight_gradients(),
         # Only waits for the device, for versions of torch long past.
         "batch_p2p_sync": False,
     }
@@ -114,6 +116,13 @@ def transformer_config(
             "are supported."
         )
     return TransformerConfig(**settings)
+
+
+def _adds_weight_gradients() -> bool:
+    """Whether Megatron found a kernel that adds weight gradients to its buffer: apex's, or on the CPU our own."""
+    from megatron.core.tensor_parallel import layers
+
+    return hasattr(layers, WEIGHT_GRADIENT_KERNELS)
 
 
 def _recompute_settings(
@@ -203,6 +212,8 @@ def build_model(
             "parallel.context_parallel_size above 1; use backend.attention=sdpa."
         )
     megatron_config = transformer_config(config, parallel, params_dtype, recompute, choice, training)
+    if megatron_config.gradient_accumulation_fusion and ranks.device.type == "cuda" and ranks.rank == 0:
+        log.info("weight gradients: added to the gradient buffer by apex's kernel (it is there)")
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.use_distributed_optimizer,
         **precision.data_parallel_settings(choice.fp8 if choice.layers == "te" else None),
@@ -232,6 +243,8 @@ def build_model(
         initialize(model, seed, config.init_method_std, config.num_layers, tied, ranks)
         if vocab_size is not None and is_last:
             _mask_padding(model, vocab_size, ranks)
+        if is_last and ranks.tensor_size == 1:
+            use_whole_vocabulary(model)
         if is_last and training is not None and training.z_loss_coefficient:
             add_z_loss(model, training.z_loss_coefficient, ranks)
         if choice.fp8 is not None and choice.layers == "local":

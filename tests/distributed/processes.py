@@ -38,7 +38,7 @@ def run_processes(
     function: str,
     arguments: dict[str, Any] | None = None,
     num_processes: int = 1,
-    timeout_seconds: float = 240,
+    timeout_seconds: float = 900,
 ) -> list[Any]:
     """Call ``function(**arguments)`` of a Python file in every process of a new job; results in rank order."""
     with tempfile.TemporaryDirectory(prefix="xalign-test-") as name:
