@@ -76,6 +76,7 @@ def _add_steer(verbs: Any) -> None:
     parser.add_argument("--batch-size", type=positive, default=16, help="prompts at once (16)")
     parser.add_argument("--plain", action="store_true", help="only add, without restoring each state's norm")
     parser.add_argument("--layers", type=_layers, default=None, help="0-based layers to steer, e.g. 4,5,6 (all)")
+    parser.add_argument("--uncached", action="store_true", help="a checkpoint in Megatron's own model, without a cache")
     parser.add_argument("--judge-url", default=None, help="OpenAI-compatible server, e.g. http://localhost:8000/v1")
     parser.add_argument("--judge-model", default=None, help="name of the judge's model")
     parser.add_argument("--judge-key-env", default=None, metavar="NAME", help="environment variable with its key")
@@ -93,7 +94,8 @@ def _steer(options: argparse.Namespace) -> int:
         pairs=options.pairs, stats=options.stats, strengths=options.strengths, num_dev=options.dev,
         num_test=options.test, max_pairs=options.max_pairs, max_new_tokens=options.new_tokens,
         temperature=options.temperature, top_p=options.top_p, seed=options.seed, batch_size=options.batch_size,
-        norm_preserving=not options.plain, layers=options.layers, judge=_judge(options),
+        norm_preserving=not options.plain, layers=options.layers, uncached=options.uncached,
+        judge=_judge(options),
     )  # fmt: skip
     plan = workflows.plan_steering(settings)
     if options.dry_run:

@@ -130,8 +130,8 @@ class CheckpointWriter:
             )
         if self._file is None or self._file.num_bytes >= self._file_bytes:
             self._close_file()
-            file = self._stack.enter_context(piece(self._folder / self._file_name(self._number)))
-            self._file = _Counted(file, self._hashing)
+            path = self._folder / self._file_name(self._number)
+            self._file = _Counted(self._stack.enter_context(piece(path)), self._hashing)
         start = self._file.num_bytes
         chunk = chunk.detach().contiguous()
         if chunk.untyped_storage().nbytes() != chunk.numel() * chunk.dtype.itemsize:

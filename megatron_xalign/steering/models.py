@@ -296,7 +296,10 @@ def _blocks(model: Any) -> Any:
 
 @dataclass
 class MegatronModel:
-    """A checkpoint's model on this process, as Megatron runs it. Without a cache: every token runs the whole prefix."""
+    """A checkpoint's model on this process, as Megatron runs it. Without a cache: every token runs the whole prefix.
+
+    ``HfModel`` of the converted checkpoint writes the same text with one.
+    """
 
     forward: Callable[[torch.Tensor], torch.Tensor]
     """Token ids int64 [B, S] to logits float32 [B, S, V]."""

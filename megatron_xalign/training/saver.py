@@ -64,12 +64,13 @@ class Saver:
         return completed
 
     def wait(self) -> None:
-        """Wait until what is begun is a checkpoint.
+        """Wait until what is begun is a checkpoint; call it at the end, too, so that no old one is left over.
 
         Raises:
             CheckpointError: a process could not write its part.
         """
         self._complete()
+        self._prune()
 
     def _is_written_everywhere(self) -> bool:
         assert self._unfinished is not None
@@ -80,6 +81,13 @@ class Saver:
         if self._unfinished is None:
             return
         unfinished, self._unfinished = self._unfinished, None
-        self._completed.append((unfinished.step, unfinished.finish()))
+        path = unfinished.finish()
+        if self._config.async_save:
+            self._completed.append((unfinished.step, path))
+        self._prune()
+
+    def _prune(self) -> None:
+        """Remove old checkpoints, but none that ``completed`` has not told of: observers may want to link it."""
         if self._config.keep_checkpoints and self._ranks.rank == 0:
-            prune(self._folder, self._config.keep_checkpoints, self._config.keep_every_steps)
+            keep = max(self._config.keep_checkpoints, len(self._completed))
+            prune(self._folder, keep, self._config.keep_every_steps)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -13,7 +15,7 @@ from typing import Any
 from megatron_xalign import __version__
 from megatron_xalign.errors import ConfigError, CorpusError, FormatError
 from megatron_xalign.formats.atomic import sha256_of, whole_folder
-from megatron_xalign.workflows.conversion import checkpoint_of
+from megatron_xalign.workflows.conversion import checkpoint_of, convert_to_hf
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ class SteerOptions:
     batch_size: int = 16
     norm_preserving: bool = True
     layers: tuple[int, ...] | None = None
+    uncached: bool = False
+    """Run a checkpoint in Megatron's own model, which sees the whole prefix again for every token."""
     judge: dict[str, Any] | None = field(default=None)
     """Settings of ``steering.judge.JudgeConfig``."""
 
@@ -104,7 +108,7 @@ def steer(options: SteerOptions, out: Path) -> dict[str, Any]:
         raise ConfigError(f"{out} exists; name another folder, or remove it.")
     dev, test = _prompts(options)
     identifier = LanguageIdentifier([options.source, options.target])
-    with _model(options.model) as (model, tokenizer):
+    with _model(options.model, options.uncached) as (model, tokenizer):
         dev_tokens, test_tokens = ([ids.tolist() for ids in tokenizer.encode(texts)] for texts in (dev, test))
         wrong = [layer for layer in options.layers or () if layer >= len(model.layers)]
         if wrong:
@@ -123,7 +127,8 @@ def steer(options: SteerOptions, out: Path) -> dict[str, Any]:
     report = {
         "format": "megatron_xalign steering", "version": 1, "xalign": __version__,
         "options": json.loads(json.dumps(asdict(options), default=str)),
-        "identifier": identifier.name, "vectors": made_of, "prompts_sha256": sha256_of(options.prompts),
+        "identifier": identifier.name, "run_by": type(model).__name__, "vectors": made_of,
+        "prompts_sha256": sha256_of(options.prompts),
         "chosen_strength": chosen,
         "chosen_on": {"prompts": len(dev), "by": "harmonic mean of language rate and fluency, on prompts of its own"},
         "search": [{"strength": strength, **entry.report} for strength, entry in by_strength.items()],
@@ -215,8 +220,8 @@ class _Job:
 
 
 @contextmanager
-def _model(folder: Path) -> Iterator[tuple[Any, Any]]:
-    """The model and its tokenizer, Megatron's or transformers'."""
+def _model(folder: Path, uncached: bool) -> Iterator[tuple[Any, Any]]:
+    """The model and its tokenizer. A checkpoint runs as its Hugging Face class, which keeps keys and values."""
     from megatron_xalign.data.tokenizer import Tokenizer
 
     if (folder / "config.json").is_file():
@@ -224,9 +229,20 @@ def _model(folder: Path) -> Iterator[tuple[Any, Any]]:
 
         yield HfModel.load(folder), Tokenizer.load(folder)
         return
-    from megatron_xalign.steering.models import MegatronModel
-    from megatron_xalign.training.inference import load_model
+    from megatron_xalign.training.inference import load_model, read_checkpoint
 
+    if not uncached and importlib.util.find_spec("transformers") is not None:
+        from megatron_xalign.steering.models import HfModel
+
+        config, _, _ = read_checkpoint(checkpoint_of(folder))
+        with tempfile.TemporaryDirectory(prefix="xalign-steer-") as name:
+            model = HfModel.load(convert_to_hf(folder, Path(name) / "hf"))
+            model.most_tokens = config.data.seq_length
+            yield model, Tokenizer.load(config.data.tokenizer)
+        return
+    from megatron_xalign.steering.models import MegatronModel
+
+    log.info("%s runs without a cache, which takes longer the longer its texts get.", folder)
     with load_model(checkpoint_of(folder)) as loaded:
         tokenizer = Tokenizer.load(loaded.config.data.tokenizer)
         yield MegatronModel(loaded.logits, loaded.layers, loaded.vocab_size), tokenizer

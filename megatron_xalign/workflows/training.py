@@ -200,6 +200,7 @@ def train(config: RunConfig) -> Path:
                 guard=guard, rewind=rewind, heartbeat=heartbeat,
                 completed=saver.completed if training.async_save else None,
             )
+            saver.wait()
     return run.path
 
 

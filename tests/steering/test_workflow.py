@@ -117,18 +117,42 @@ def test_vectors_are_mean_differences_of_block_outputs(work: Path, steered: dict
     assert steered["vectors"]["pairs"] == 9
 
 
-def test_megatron_says_what_transformers_says(work: Path, steered: dict[str, Any]) -> None:
-    from_hf(work / "hf", work / "checkpoint")
+@pytest.fixture(scope="module")
+def checkpoint(work: Path) -> Path:
+    return from_hf(work / "hf", work / "checkpoint")
+
+
+def in_its_own_process(verb: str, *words: str) -> dict[str, Any]:
+    """What a command prints as JSON; Megatron's model wants a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_xalign", "steer", *arguments(work, "checkpoint", "megatron")],
+        [sys.executable, "-m", "megatron_xalign", verb, *words, "--json"],
         capture_output=True, text=True, timeout=400, check=False, cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    printed: dict[str, Any] = json.loads(done.stdout)
+    return printed
+
+
+def test_megatron_says_what_transformers_says(work: Path, checkpoint: Path, steered: dict[str, Any]) -> None:
+    theirs = in_its_own_process("steer", *arguments(work, checkpoint.name, "megatron", "--uncached"))
+    assert theirs["run_by"] == "MegatronModel"
     assert texts(work / "megatron") == texts(work / "out")
-    theirs = json.loads(done.stdout)
     assert theirs["chosen_strength"] == steered["chosen_strength"]
     assert theirs["steered"]["nll_per_token"] == pytest.approx(steered["steered"]["nll_per_token"], abs=1e-4)
+
+
+def test_a_checkpoint_writes_with_a_cache_what_megatron_writes_without(
+    work: Path, checkpoint: Path, steered: dict[str, Any]
+) -> None:
+    """Greedily; drawn, the same as the folder it came from."""
+    for name, more in (("cached", ()), ("cached-greedy", ("--temperature", "0"))):
+        assert cli.main("steer", arguments(work, checkpoint.name, name, *more)) == 0
+        report = json.loads((work / name / "steering.json").read_text(encoding="utf-8"))
+        assert report["run_by"] == "HfModel"
+    assert texts(work / "cached") == texts(work / "out")
+    in_its_own_process("steer", *arguments(work, checkpoint.name, "greedy", "--temperature", "0", "--uncached"))
+    assert texts(work / "cached-greedy") == texts(work / "greedy")
 
 
 def test_a_dry_run_writes_nothing_and_a_judge_is_not_asked_unasked(
@@ -211,6 +235,21 @@ def test_switching_neurons_off_is_zeroing_their_columns(work: Path, stats: Path,
     after = [loss(model, sides[language]) for language in languages]
     np.testing.assert_allclose(report["change"]["language"][1], np.subtract(after, before), atol=1e-5)
     assert json.loads((work / f"{find}.json").read_text(encoding="utf-8")) == report
+
+
+def test_neurons_of_a_checkpoint_are_switched_off_in_megatrons_model(
+    work: Path, checkpoint: Path, stats: Path
+) -> None:
+    """The same numbers as by transformers, where the test above has a loop for them."""
+    words = ["--stats", str(stats), "--pairs", str(work / "probe.jsonl"), "--find", "average_precision", "--count", "9"]
+    theirs = in_its_own_process("ablate", str(checkpoint), *words, "--out", str(work / "megatron.json"))
+    options = workflows.AblateOptions(
+        model=work / "hf", stats=stats, pairs=work / "probe.jsonl", find="average_precision", count=9
+    )
+    ours = workflows.ablate(options, work / "again.json")
+    assert theirs["num_neurons"] == ours["num_neurons"]
+    np.testing.assert_allclose(theirs["change"]["language"], ours["change"]["language"], atol=1e-5)
+    np.testing.assert_allclose(theirs["change"]["random"], ours["change"]["random"], atol=1e-5)
 
 
 def test_neurons_of_another_model_are_refused(work: Path, stats: Path) -> None:
