@@ -408,6 +408,12 @@ def test_values_that_are_not_finite_and_constant_layers_are_named_with_step_and_
     write_step(run, 50, probe_residual_mean_DMH=residual)
     with pytest.raises(FormatError, match=r"step-000050, layer 0, .*same for all 60 sentences"):
         analyze_run(run, OPTIONS)
+    residual = stats.probe_residual_mean_DMH.copy()
+    residual[stats.rows("fin_Latn"), 2] = 0.25
+    write_step(run, 50, probe_residual_mean_DMH=residual)
+    with pytest.raises(FormatError, match=r"step-000050, layer 1, ell_Grek-fin_Latn: .*same for all 20 sentences"):
+        analyze_run(run, OPTIONS)
+    write_step(run, 50)
     scores = stats.probe_neuron_mean_DLF.copy()
     scores[0, 1, 3] = np.inf
     write_step(run, 50, probe_neuron_mean_DLF=scores)
