@@ -65,9 +65,10 @@ def measured(results: Mapping[str, Mapping[str, Any]]) -> list[Measured]:
             if name in ("sample_len", "samples", "alias"):
                 continue
             error = metrics.get(f"{name}_stderr,{how}")
-            width = 1.96 * error if isinstance(error, (int, float)) else 0.0
+            width = 1.96 * error if isinstance(error, (int, float)) else None  # "N/A" for some metrics
+            low, high = (None, None) if width is None else (value - width, value + width)
             filtered = "" if how in ("none", "") else f".{how}"
-            found.append(Measured(f"{PREFIX}{name}{filtered}", task, float(value), value - width, value + width))
+            found.append(Measured(f"{PREFIX}{name}{filtered}", task, float(value), low, high))
     return found
 
 

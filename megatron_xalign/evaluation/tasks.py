@@ -30,13 +30,13 @@ DISTRACTORS = 3
 
 @dataclass(frozen=True)
 class Measured:
-    """One number, and the 95 % bootstrap interval over sentences."""
+    """One number, and the 95 % bootstrap interval over sentences where there is one."""
 
     measure: str
     subject: str
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def text_by_language(

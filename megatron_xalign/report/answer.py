@@ -36,9 +36,13 @@ def answer(series: Series) -> list[str]:
 
 
 def _retrieved(series: Series, pair: str) -> str:
-    parts, banded = [], False
-    for fraction in sorted({run.fraction for run in series.runs}, reverse=True):
-        rows = [best_retrieval(run, pair, series.step) for run in series.runs if run.fraction == fraction]
+    parts, controls, banded = [], [], False
+    for fraction, control in sorted({(run.fraction, run.control) for run in series.runs}, reverse=True):
+        rows = [
+            best_retrieval(run, pair, series.step)
+            for run in series.runs
+            if (run.fraction, run.control) == (fraction, control)
+        ]
         values = [row.value for row in rows]
         found = percent(float(np.mean(values)))
         if len(rows) > 1:
@@ -46,29 +50,34 @@ def _retrieved(series: Series, pair: str) -> str:
         elif rows[0].low is not None and rows[0].high is not None:
             found += f" ({100 * rows[0].low:.1f} to {percent(rows[0].high)})"
             banded = True
-        parts.append(f"{found} with {percent(fraction, digits=None)} parallel data")
+        if control:
+            controls.append(f"{found} in the control {control} at {percent(fraction, digits=None)}")
+        else:
+            parts.append(f"{found} with {percent(fraction, digits=None)} parallel data")
     tokens = {amount(count) for count in series.tokens}
     return (
         f"At step {thousands(series.step)} ({' / '.join(sorted(tokens))} tokens), retrieval of "
         f"{series.pair_name(pair)} translations with languages centred, at the best layer, is {listing(parts)}; "
         f"chance is {percent(series.chance)}."
+        + (f" It is {listing(controls)}." if controls else "")
         + (f" In brackets: 95{NO_BREAK}% intervals over sentences." if banded else "")
     )
 
 
 def _supported(series: Series, pair: str) -> list[str]:
     rows = [(run, best_retrieval(run, pair, series.step)) for run in series.runs]
+    told = [(run, row) for run, row in rows if not run.control] or rows
     about = f"{series.pair_name(pair)}: " if len(series.pairs) > 1 else ""
     sentences = []
-    least, most = rows[0], rows[-1]
+    least, most = told[0], told[-1]
     if least[0].fraction < most[0].fraction and series.seeds_per_fraction == 1:
         sentences.append(about + _compared(most, least))
     blind = [run.label for run, row in rows if (row.low if row.low is not None else row.value) <= series.chance]
     if blind:
-        sentences.append(f"{about}{_are_not(blind, len(rows))} above chance.")
+        sentences.append(f"{about}{_are_not(series, blind)} above chance.")
     shallow = [run.label for run, _ in rows if run.best_layer(pair, series.step) == -1]
     if shallow:
-        some = f"the {_runs(shallow)} with {listing(shallow)} parallel data"
+        some = f"the {_runs(shallow)} with {listing(_by_group(series, shallow))} parallel data"
         which = "every run" if len(shallow) == len(rows) else some
         sentences.append(
             f"{about}The best layer of {which} is the embedding output, so there no layer of the network finds more "
@@ -88,15 +97,25 @@ def _supported(series: Series, pair: str) -> list[str]:
             if run.label not in blind and (row.low if row.low is not None else row.value) <= max(untrained)
         ]
         if reached:
-            sentence += f" {_are_not(reached, len(rows))} clearly above that."
+            sentence += f" {_are_not(series, reached)} clearly above that."
         sentences.append(sentence)
     return sentences
 
 
-def _are_not(labels: list[str], num_runs: int) -> str:
-    if len(labels) == num_runs:
+def _by_group(series: Series, labels: list[str]) -> list[str]:
+    """Labels of runs; where all seeds of a group are among them, the group's."""
+    found = []
+    for group in series.groups:
+        own = [run.label for run in group.runs if run.label in labels]
+        found += [group.label] if len(own) == len(group.runs) else own
+    return found
+
+
+def _are_not(series: Series, labels: list[str]) -> str:
+    if len(labels) == len(series.runs):
         return "No run is"
-    return f"The {_runs(labels)} with {listing(labels)} parallel data {'is' if len(labels) == 1 else 'are'} not"
+    some = f"The {_runs(labels)} with {listing(_by_group(series, labels))} parallel data"
+    return f"{some} {'is' if len(labels) == 1 else 'are'} not"
 
 
 def _runs(labels: list[str]) -> str:

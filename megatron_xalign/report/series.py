@@ -188,8 +188,8 @@ class Series:
 
     @property
     def seeds_per_fraction(self) -> int:
-        """Fewest runs that share one fraction."""
-        fractions = [run.fraction for run in self.runs]
+        """Fewest runs that share one fraction, controls apart."""
+        fractions = [run.fraction for run in self.runs if not run.control] or [run.fraction for run in self.runs]
         return min(fractions.count(fraction) for fraction in fractions)
 
     @property

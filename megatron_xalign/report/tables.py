@@ -73,13 +73,13 @@ def alignment_table(series: Series) -> Table:
 _VERDICTS = {"for": Cell("for", "good"), "against": Cell("against", "bad"), "undecided": Cell("undecided", "text")}
 
 
-def claims_table(claims: Sequence[Mapping[str, Any]]) -> Table:
+def claims_table(claims: Sequence[Mapping[str, Any]], series: Series) -> Table:
     """What this series says for or against each claim, and by which test."""
     table = Table(
         "Claims, and the evidence of this series", ["claim", "languages", "evidence", "numbers", "by which test"]
     )
     for claim in claims:
-        words = [Cell(str(claim[key]), "text") for key in ("pair", "numbers", "test")]
+        words = [Cell(text, "text") for text in (series.pair_name(claim["pair"]), claim["numbers"], claim["test"])]
         cells = [words[0], _VERDICTS[claim["verdict"]], *words[1:]]
         table.rows.append((str(claim["claim"]), cells))
     return table

@@ -187,9 +187,8 @@ def describe_evaluation(folder: Path, results: Results) -> str:
     for row in results.select(step=last):
         before = results.select(measure=row.measure, subject=row.subject, step=first)
         came = f"{before[0].value:9.4f} ->" if before and first != last else " " * 12
-        lines.append(
-            f"  {row.measure:26s}{row.subject:22s}{came}{row.value:9.4f}  [{row.low:.4f}, {row.high:.4f}]"
-        )
+        interval = "" if row.low is None or row.high is None else f"  [{row.low:.4f}, {row.high:.4f}]"
+        lines.append(f"  {row.measure:26s}{row.subject:22s}{came}{row.value:9.4f}{interval}")
     return "\n".join(lines)
 
 

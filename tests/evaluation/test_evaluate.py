@@ -154,6 +154,7 @@ def test_numbers_of_lm_eval_become_rows() -> None:
         ("lm_eval.acc", 0.5), ("lm_eval.bits_per_byte", 2.0), ("lm_eval.exact_match.strict", 1.0)
     ]
     assert (found[0].low, found[0].high) == (pytest.approx(0.304), pytest.approx(0.696))
+    assert (found[1].low, found[1].high) == (None, None)
 
 
 def test_lm_eval_gives_the_bits_per_byte_of_the_built_in_task(run: tuple[Path, Path], tmp_path: Path) -> None:

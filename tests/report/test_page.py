@@ -402,7 +402,7 @@ def test_seeds_are_drawn_as_their_mean_and_range_and_controls_apart(make_run: Ma
     series = read_series(runs, {"p0.2-shuffled-s1": "shuffled"})
     assert [group.label for group in series.groups] == ["0\u00a0%", "20\u00a0%", "20\u00a0% shuffled"]
     assert [run.label for run in series.groups[1].runs] == ["20\u00a0%, seed 1", "20\u00a0%, seed 2"]
-    claims = [{"claim": "A", "pair": "English-Finnish", "verdict": "for", "numbers": "1", "test": "t"}]
+    claims = [{"claim": "A", "pair": "eng_Latn-fin_Latn", "verdict": "for", "numbers": "1", "test": "t"}]
     html = write_report(
         runs, tmp_path / "out", controls={"p0.2-shuffled-s1": "shuffled"}, claims=claims,
         missing={"p0.5-s1": "worker 1 was killed by SIGKILL <&>"},
@@ -411,6 +411,12 @@ def test_seeds_are_drawn_as_their_mean_and_range_and_controls_apart(make_run: Ma
     assert page.tables["Claims, and the evidence of this series"][1] == ["A", "English-Finnish", "for", "1", "t"]
     assert page.tables["Runs that are not on this page"][1] == ["p0.5-s1", "worker 1 was killed by SIGKILL <&>"]
     assert "1 of 6 runs are not on this page: p0.5-s1" in page.text
+    # The control is told beside the series and not averaged into it.
+    aligned = [max(row.value for row in read_results(run / "analysis").select(RETRIEVAL, step=50)) for run in runs[2:]]
+    mean, control = f"{50 * (aligned[0] + aligned[1]):.1f}", f"{100 * aligned[2]:.1f}"
+    told = page.text.replace("\u00a0", " ")
+    assert re.search(rf"is {mean} % \(mean of 2 runs, [^)]*\) with 20 % parallel data", told)
+    assert re.search(rf"It is {control} % .*in the control shuffled at 20 %", told)
     points = json.loads(next(a["data-points"] for tag, a in page.tags if tag == "svg" and "data-points" in a) or "")
     last = [text for _, _, text in points if "409,600" in text]
     at_end = {text.split(":")[0]: float(text.split(": ")[1].split(" ")[0]) for text in last}
