@@ -226,7 +226,8 @@ def _layer(row: Row) -> float:
     return row.layer
 
 
-_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.5, 1, 1.5)))
+_DASHES = ("-", (0, (1, 1.2)), (0, (4, 1.5, 1, 1.5)), (0, (4, 1.5)))
+# Dots first, as the legend has them: plain dashes are chance.
 # Groups that share a fraction share its colour, so the stroke tells them apart.
 
 
