@@ -77,7 +77,7 @@ def _measure(name: str, rounds: int, num_pairs: int, num_languages: int) -> list
             for chunk in chunks:
                 chunk.zero_grad_buffer()
             optimizer.zero_grad()
-            forward_backward(chunks, batches, current, lambda batch, loss_BS: None, ranks)
+            forward_backward(chunks, batches, current, lambda batch, loss_BS, z_loss_BS: None, ranks)
             optimizer.step()
 
         def watched_step() -> None:

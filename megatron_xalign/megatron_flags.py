@@ -36,6 +36,8 @@ class Flag:
     """Megatron's, where it is not ours: written out if the flag is not given."""
     note: str = ""
     """For the docs."""
+    many: bool = False
+    """Whether it takes several values; the setting is a list of them."""
 
 
 def _true(value: str) -> bool:
@@ -93,7 +95,12 @@ FLAGS = (
     Flag("--train-iters", "training.train_steps", _count, note="also from --train-samples"),
     Flag("--global-batch-size", "training.global_batch_size", _count),
     Flag("--micro-batch-size", "training.micro_batch_size", _count),
-    Flag("--recompute-granularity", "training.recompute", note="`full`, with --recompute-method uniform and 1 layer"),
+    Flag("--rampup-batch-size", "training.rampup_batch_size", _count, many=True),
+    Flag("--recompute-granularity", "training.recompute", note="`full` or `selective`"),
+    Flag("--recompute-activations", "training.recompute", lambda text: "selective", note="`selective`"),
+    Flag("--recompute-modules", "training.recompute_modules", many=True),
+    Flag("--recompute-method", "training.recompute_method"),
+    Flag("--recompute-num-layers", "training.recompute_num_layers", _count),
     Flag("--log-interval", "training.log_interval_steps", _count, 100),
     Flag("--save-interval", "training.save_interval_steps", _count),
     Flag("--save-retain-interval", "training.keep_every_steps", _count),
@@ -167,8 +174,6 @@ IMPLIED = {
     "--manual-gc": "changes no number",
     "--manual-gc-interval": "changes no number",
     "--empty-unused-memory-level": "changes no number",
-    "--recompute-method": "`uniform`",
-    "--recompute-num-layers": "`1`",
     "--no-load-optim": "training.load_weights takes weights only",
     "--no-load-rng": "training.load_weights takes weights only",
 }
@@ -176,8 +181,15 @@ IMPLIED = {
 
 _HERE_ALWAYS = {"--position-embedding-type": ("rope",), "--normalization": ("RMSNorm",), "--optimizer": ("adam",),
                 "--ckpt-format": ("torch_dist",), "--rotary-percent": ("1", "1.0"),
-                "--dataloader-type": ("single", "cyclic"), "--recompute-method": ("uniform",),
-                "--recompute-num-layers": ("1",)}
+                "--dataloader-type": ("single", "cyclic")}
+_NOT_HERE = dict.fromkeys(
+    ("--use-megatron-fsdp", "--use-custom-fsdp", "--use-torch-fsdp2"),
+    "parameters are not sharded here; parallel.use_distributed_optimizer shards optimizer state, tensor and pipeline "
+    "parallelism the model",
+)
+"""Flags without a counterpart for which there is something else."""
+_SWITCHES = {flag.name for flag in FLAGS if flag.convert is _true} | {"--bf16", "--fp16", "--recompute-activations"}
+_RECOMPUTED = ("core_attn", "mlp", "layernorm")
 _NUMBERS_OF_NOTHING = ("--attention-dropout", "--hidden-dropout")
 
 
@@ -315,6 +327,8 @@ def _settings(arguments: Mapping[str, list[str]]) -> tuple[dict[str, Any], list[
             is_zero = name not in _NUMBERS_OF_NOTHING or (values and float(values[0]) == 0)
             if not is_zero or (allowed and (not values or values[0] not in allowed)):
                 left.append(f"{text}: here it is always {IMPLIED[name]}.")
+        elif name in _NOT_HERE:
+            left.append(f"{text}: {_NOT_HERE[name]}.")
         else:
             left.append(f"{text}: has no counterpart here.")
     settings |= {path: value for path, value in derived.items() if _exists(path.split(" ")[0], known)}
@@ -330,16 +344,20 @@ def _settings(arguments: Mapping[str, list[str]]) -> tuple[dict[str, Any], list[
 def _carry(
     flag: Flag, values: Sequence[str], text: str, known: set[str], settings: dict[str, Any], left: list[str]
 ) -> None:
-    if flag.name == "--recompute-granularity" and values != ["full"]:
-        left.append(f"{text}: only full recompute is carried over.")
+    if flag.many and flag.convert is str:
+        # Only what the setting has words for.
+        allowed = [word for word in values if word in _RECOMPUTED]
+        for word in sorted(set(values) - set(allowed)):
+            left.append(f"{flag.name} {word}: here it is {', '.join(_RECOMPUTED)}.")
+        settings |= {flag.setting: allowed} if allowed else {}
         return
-    if flag.convert is not _true and flag.name not in ("--bf16", "--fp16") and len(values) != 1:
+    if not flag.many and flag.name not in _SWITCHES and len(values) != 1:
         left.append(f"{text}: one value was expected.")
         return
     try:
-        value = flag.convert(values[0] if values else "")
+        value = [flag.convert(item) for item in values] if flag.many else flag.convert(values[0] if values else "")
     except ValueError:
-        left.append(f"{text}: {values[0]!r} is not a number.")
+        left.append(f"{text}: {', '.join(map(repr, values))} is not a number.")
         return
     setting = flag.setting
     if setting == "precision" and setting not in known:

@@ -9,6 +9,7 @@ Every patch is one entry of ``PATCHES``: small, named, with the call sites that 
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import sys
 import types
@@ -223,6 +224,22 @@ PATCHES: tuple[Patch, ...] = (
 
 _installed = False
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Names of glibc's ``mallopt``."""
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next request, where it is glibc.
+
+    By itself it hands every large tensor back to the system and asks for new pages, which the system clears, a few
+    hundred times a step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        # The largest values it takes: blocks up to 32 MiB from the heap, which shrinks only beyond 2 GiB.
+        mallopt(_M_MMAP_THRESHOLD, 1 << 25)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
 
 def is_cpu() -> bool:
     """Whether this process trains on the CPU, which is so exactly where CUDA is absent."""
@@ -267,6 +284,7 @@ def install(without: Collection[str] = ()) -> None:
         "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
     ):
         warnings.filterwarnings("ignore", message=message)
+    _keep_freed_memory()
     for patch in PATCHES:
         if patch.name not in without:
             patch.apply()

@@ -71,6 +71,7 @@ def test_an_optional_group_can_be_switched_on_by_an_override(tmp_path: Path) -> 
         ("training: {train_steps: 1.5}", "training.train_steps=1.5 should be int"),
         ("training: {train_steps: true}", "training.train_steps=True should be int"),
         ("training: {train_steps: 0}", "train_steps=0 must be positive"),
+        ("parallel: {use_megatron_fsdp: true}", "use_distributed_optimizer=true shards optimizer state"),
         ("training: {params_dtype: fp8}", "training.params_dtype='fp8' is not one of fp32, bf16"),
         ("training: {global_batch_size: 10, micro_batch_size: 4}", "is not divisible by micro_batch_size=4"),
         ("model: {hidden_size: 100, num_attention_heads: 6}", "hidden_size=100 is not divisible"),

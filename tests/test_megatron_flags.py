@@ -126,6 +126,23 @@ def test_what_megatron_would_do_without_a_flag_is_named(named: str) -> None:
     assert any(line.startswith(named) for line in translate(STRINGS).left)
 
 
+def test_ramp_up_and_recomputation_are_carried() -> None:
+    more = "--fp16 --rampup-batch-size 2 2 1000 --recompute-granularity full --recompute-method block "
+    script = STRINGS.replace("--fp16", more + "--recompute-num-layers 3")
+    training = translate(script).tree["training"]
+    assert training["rampup_batch_size"] == [2, 2, 1000]
+    assert [training[f"recompute{rest}"] for rest in ("", "_method", "_num_layers")] == ["full", "block", 3]
+    assert from_tree(RunConfig, translate(script).tree).training.rampup_batch_size == (2, 2, 1000)
+    some = STRINGS.replace("--fp16", "--fp16 --recompute-activations --recompute-modules core_attn mlp moe_act")
+    done = translate(some)
+    assert done.tree["training"]["recompute"] == "selective"
+    assert done.tree["training"]["recompute_modules"] == ["core_attn", "mlp"]
+    assert "--recompute-modules moe_act: here it is core_attn, mlp, layernorm." in done.left
+    odd = translate(STRINGS.replace("--fp16", "--fp16 --rampup-batch-size a 2 3 --use-megatron-fsdp"))
+    assert any(line.startswith("--rampup-batch-size a 2 3: 'a', '2', '3' is not a number") for line in odd.left)
+    assert any("parallel.use_distributed_optimizer shards optimizer state" in line for line in odd.left)
+
+
 def test_another_value_of_what_is_always_so_is_named() -> None:
     script = ARRAYS.replace("--normalization RMSNorm", "--normalization LayerNorm").replace(
         "--attention-dropout 0.0", "--attention-dropout 0.1"

@@ -135,7 +135,7 @@ def captured(*names: str, plain: str) -> Callable[[Runs], Verdict]:
         return Verdict(
             exact and same,
             f"sums {'equal' if exact else 'DIFFER'}; training {'the same to the bit' if same else 'DIFFERS'} with and "
-            f"without; a step takes {cost:+.1%} longer", {"exact": exact, "same": same, "cost": cost},
+            f"without; time of a step {cost:+.1%}", {"exact": exact, "same": same, "cost": cost},
         )
 
     return judge

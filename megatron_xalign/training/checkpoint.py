@@ -55,6 +55,7 @@ from megatron_xalign.formats.checkpoint_folder import (
 )
 from megatron_xalign.names import FP8_STATE, MAIN_WEIGHT
 from megatron_xalign.topology import LocalPart, ObserverState, Ranks
+from megatron_xalign.training.te_state import check_extra_state
 
 __all__ = [
     "UnfinishedSave", "begin_save", "latest_checkpoint", "load_checkpoint", "load_observer_state", "load_weights",
@@ -615,6 +616,8 @@ def _load_model(folder: Path, model_chunks: Sequence[Any], weights_only: bool = 
             for chunk, parts in state.items()
         }
     loaded = _load_with_core(state, folder)
+    for number in range(len(model_chunks)):
+        check_extra_state(loaded[f"model{number}"], f"checkpoint {folder}")
     for number, chunk in enumerate(model_chunks):
         missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=not weights_only)
         absent = [name for name in missing if not name.endswith(_LAYER_STATE)]

@@ -25,7 +25,7 @@ def forward_backward(
     model_chunks: Sequence[Any],
     batches: Sequence[Batch],
     current_batch: CurrentBatch,
-    see_losses: Callable[[Batch, torch.Tensor], None],
+    see_losses: Callable[[Batch, torch.Tensor, torch.Tensor | None], None],
     ranks: Ranks,
 ) -> None:
     """Leave in Megatron's gradient buffers the gradient of the mean loss over the tokens of the global batch.
@@ -41,7 +41,7 @@ def forward_backward(
         current_batch: set to each micro-batch while its forward pass runs; under context parallelism to the part of it
             that this process holds.
         see_losses: called on the last stage with the same and its losses, float32 [B, S], not masked and without
-            z-loss.
+            z-loss, and the z-loss likewise or None.
         ranks: this process's place.
     """
     # Imported late, here and below: the CPU backend must be in place first.
@@ -54,7 +54,7 @@ def forward_backward(
     def loss_sum(
         batch: Batch, z_loss_BS: torch.Tensor | None, loss_BS: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, None]:
-        see_losses(batch, loss_BS.detach())
+        see_losses(batch, loss_BS.detach(), None if z_loss_BS is None else z_loss_BS.detach())
         if z_loss_BS is not None:
             loss_BS = loss_BS + z_loss_BS
         return (loss_BS * batch.loss_mask).sum(), batch.loss_mask.sum().to(torch.int), None

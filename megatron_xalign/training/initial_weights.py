@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_xalign.config import ModelConfig
 from megatron_xalign.topology import Ranks
 
 ROWS_PER_DRAW = 64
@@ -43,26 +44,51 @@ def normal_rows(seed: int, name: str, first_row: int, num_rows: int, num_columns
     return torch.cat(blocks)[skip : skip + num_rows]
 
 
+def truncated(normal: torch.Tensor, bound: float) -> torch.Tensor:
+    """Standard normal numbers as those of a normal distribution cut off at ``-bound`` and ``bound``, in their order.
+
+    The cut distribution is not scaled back: its deviation is below 1 (0.9866 for a bound of 3).
+    """
+    share = torch.special.ndtr(normal.double())
+    lowest = torch.special.ndtr(torch.tensor(-bound, dtype=torch.float64))
+    return torch.special.ndtri(lowest + share * (1 - 2 * lowest)).to(normal.dtype)
+
+
 @torch.no_grad()
-def initialize(model: torch.nn.Module, seed: int, std: float, num_layers: int, tied: bool, ranks: Ranks) -> None:
+def initialize(model: torch.nn.Module, config: ModelConfig, seed: int, ranks: Ranks) -> None:
     """Fill this rank's shard of a ``GPTModel`` and mark its weights as Megatron's own initialisation would.
 
-    Matrices are normal with deviation ``std``, those that write into the residual stream (``linear_proj``,
-    ``linear_fc2``) with ``std / sqrt(2 * num_layers)``; norms are one, biases zero.
+    ``init_method: scaled``: matrices are normal with deviation ``init_method_std``, those that write into the residual
+    stream (``linear_proj``, ``linear_fc2``) with that over ``sqrt(2 * num_layers)``. ``mitchell``: every matrix is
+    normal, cut off at three deviations, of deviation 1 over the square root of its inputs (the embedding's: of its
+    width); those that write into the residual stream have that over ``sqrt(2 * n)``, n being their layer, counted from
+    1. Norms are one and biases zero either way.
 
     Args:
         model: an unwrapped ``GPTModel`` on the CPU.
+        config: what it was built from.
         seed: seed of the run.
-        std: standard deviation of the initial weights.
-        num_layers: layers of the whole model.
-        tied: whether input embedding and output projection are one matrix; the last stage then holds a copy.
         ranks: which shard this is.
 
     Raises:
         ValueError: the model has a parameter that is none of those above.
 
-    Source: scaled initialisation of Radford et al. 2019, as in Megatron's ``scaled_init_method_normal``.
+    Source: scaled initialisation of Radford et al. 2019, as in Megatron's ``scaled_init_method_normal``; OLMo's
+    ``mitchell`` (Groeneveld et al. 2024, arXiv:2402.00838).
     """
+    tied = not config.untie_embeddings_and_output_weights
+    mitchell = config.init_method == "mitchell"
+
+    def draw(name: str, first_row: int, rows: int, columns: int) -> torch.Tensor:
+        """Rows of the whole matrix, [rows, columns]; in a residual matrix ``columns`` are those of all ranks."""
+        drawn = normal_rows(seed, name, first_row, rows, columns)
+        writes = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        if not mitchell:
+            return drawn * (config.init_method_std / math.sqrt(2.0 * config.num_layers if writes else 1.0))
+        # decoder.layers.7.mlp.linear_fc2.weight
+        layers = 2.0 * (int(name.split(".")[2]) + 1) if writes else 1.0
+        return truncated(drawn, 3.0) / math.sqrt(columns * layers)
+
     for name, weight in global_parameters(model):
         # The second is the norm in front of a matrix that Transformer Engine keeps with it.
         if name.endswith(("layernorm.weight", "layer_norm_weight")):
@@ -75,20 +101,20 @@ def initialize(model: torch.nn.Module, seed: int, std: float, num_layers: int, t
         rows, columns = weight.shape
         name_drawn = "embedding.word_embeddings.weight" if tied and name == "output_layer.weight" else name
         if name in ("embedding.word_embeddings.weight", "output_layer.weight") or name.endswith("linear_qkv.weight"):
-            drawn = normal_rows(seed, name_drawn, ranks.tensor_rank * rows, rows, columns) * std
+            drawn = draw(name_drawn, ranks.tensor_rank * rows, rows, columns)
             dimension = 0
         elif name.endswith("linear_fc1.weight"):
             # Each rank holds [its part of the gate; its part of the rest] of the full [gate; rest].
             half = rows // 2
             parts = [
-                normal_rows(seed, name, start + ranks.tensor_rank * half, half, columns)
+                draw(name, start + ranks.tensor_rank * half, half, columns)
                 for start in (0, half * ranks.tensor_size)
             ]
-            drawn = torch.cat(parts) * std
+            drawn = torch.cat(parts)
             dimension = 0
         elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-            full = normal_rows(seed, name, 0, rows, columns * ranks.tensor_size)
-            drawn = full[:, ranks.tensor_rank * columns :][:, :columns] * (std / math.sqrt(2.0 * num_layers))
+            full = draw(name, 0, rows, columns * ranks.tensor_size)
+            drawn = full[:, ranks.tensor_rank * columns :][:, :columns]
             dimension = 1
         else:
             raise ValueError(f"no initial value is defined for the parameter {name}.")

@@ -140,7 +140,7 @@ def fit(
     sizes = batch_sizes(config)
     check_batches(config, ranks)
     current_batch = current_batch or CurrentBatch()
-    losses = LossSums(languages, source_names, ranks, parallel_sources)
+    losses = LossSums(languages, source_names, ranks, parallel_sources, with_z_loss=config.z_loss_coefficient > 0)
     if loss_state is not None:
         losses.restore(loss_state)
     if ranks.rank == 0:

@@ -26,24 +26,26 @@ class LossSums:
         source_names: what source ids in batches count.
         ranks: this process's place.
         parallel_sources: names of the sources that hold pairs, for ``parallel_fraction``; None leaves that out.
+        with_z_loss: whether there is a z-loss, which is then reported beside the loss.
     """
 
     def __init__(
         self, languages: Sequence[str], source_names: Sequence[str], ranks: Ranks,
-        parallel_sources: Collection[str] | None = None,
+        parallel_sources: Collection[str] | None = None, with_z_loss: bool = False,
     ) -> None:
         self.languages = list(languages)
         self.source_names = list(source_names)
         self.ranks = ranks
         self._parallel_sources = parallel_sources
         # Rows: loss and tokens of the interval, tokens since the start. Columns: in all; no language, K languages; no
-        # source, N sources; content tokens of no source, of N sources.
+        # source, N sources; content tokens of no source, of N sources; z-loss, where there is one.
         self._sources_at = 2 + len(self.languages)
         self._content_at = self._sources_at + 1 + len(self.source_names)
-        num_columns = self._content_at + 1 + len(self.source_names)
+        self._z_loss_at = self._content_at + 1 + len(self.source_names) if with_z_loss else None
+        num_columns = self._content_at + 1 + len(self.source_names) + with_z_loss
         self._sums = torch.zeros(3, num_columns, dtype=torch.float64, device=ranks.device)
 
-    def add(self, batch: Batch, loss_BS: torch.Tensor) -> None:
+    def add(self, batch: Batch, loss_BS: torch.Tensor, z_loss_BS: torch.Tensor | None = None) -> None:
         """Add a micro-batch's losses, [B, S], weighted by its ``loss_mask``."""
         weight = batch.loss_mask.double().flatten()
         rows = torch.stack([loss_BS.double().flatten() * weight, weight, weight])
@@ -53,6 +55,8 @@ class LossSums:
         self._sums.index_add_(1, language + 2, rows)
         self._sums.index_add_(1, source + self._sources_at + 1, rows)
         self._sums.index_add_(1, source + self._content_at + 1, rows * (language >= 0))
+        if self._z_loss_at is not None and z_loss_BS is not None:
+            self._sums[0, self._z_loss_at] += (z_loss_BS.double().flatten() * weight).sum()
 
     def copy(self) -> torch.Tensor:
         """The sums of this process as they are now, for ``mean_since`` and ``put_back``."""
@@ -94,7 +98,7 @@ class LossSums:
             ``loss``, ``loss_by_language`` and ``loss_by_source`` in nats per token; a language or source without a
             token in this interval is left out. ``tokens_by_language`` and ``tokens_by_source``: loss-bearing tokens
             since the start of the run. ``parallel_fraction``: share of content tokens (those with a language) so far
-            that came from ``parallel_sources``.
+            that came from ``parallel_sources``. ``z_loss``: its mean, where there is one.
         """
         sums = self.ranks.sum_over(self._sums, "data_context")
         loss, tokens, so_far = self.ranks.broadcast_over(sums, "pipeline", self.ranks.pipeline_size - 1).tolist()
@@ -117,6 +121,8 @@ class LossSums:
             "tokens_by_language": counts(self.languages, 2),
             "tokens_by_source": counts(self.source_names, self._sources_at + 1),
         }
+        if self._z_loss_at is not None:
+            means_and_counts["z_loss"] = loss[self._z_loss_at] / tokens[0] if tokens[0] > 0 else 0.0
         if self._parallel_sources is not None:
             content = counts(self.source_names, self._content_at + 1)
             parallel = sum(content[name] for name in self._parallel_sources)

@@ -239,8 +239,7 @@ def build_model(
             rope_scaling_factor=config.rope_scaling_factor or 1.0,
             vp_stage=stage,
         )
-        tied = not config.untie_embeddings_and_output_weights
-        initialize(model, seed, config.init_method_std, config.num_layers, tied, ranks)
+        initialize(model, config, seed, ranks)
         if vocab_size is not None and is_last:
             _mask_padding(model, vocab_size, ranks)
         if is_last and ranks.tensor_size == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -65,7 +66,7 @@ def run(folder: str, scenarios: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _run(
     folder: Path, name: str, training: dict[str, Any], poisoned: int = -1, poison: str = "nan",
-    load: str | None = None, move_on: int = 0, parallel: dict[str, Any] | None = None,
+    load: str | None = None, move_on: int = 0, parallel: dict[str, Any] | None = None, num_layers: int = 1,
 ) -> dict[str, Any]:
     """One run; ``load`` a checkpoint of another and, without training, ``move_on`` so many steps from there."""
     from megatron_xalign.training.checkpoint import (
@@ -91,7 +92,8 @@ def _run(
     place.mkdir(exist_ok=True)
     with topology.start(layout, seed=1) as ranks:
         chunks = build_model(
-            MODEL, padded_vocab_size=128, seq_length=LENGTH, parallel=layout, params_dtype="fp32", recompute="none",
+            dataclasses.replace(MODEL, num_layers=num_layers), padded_vocab_size=128,
+            seq_length=LENGTH, parallel=layout, params_dtype="fp32", recompute="none",
             ranks=ranks, seed=1 if load is None else 2,
         )
         optimizer = build_optimizer(chunks, OPTIMIZER, parallel=layout, params_dtype="fp32", train_steps=STEPS)

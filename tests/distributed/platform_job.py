@@ -23,7 +23,8 @@ def examine() -> dict[str, Any]:
 
     Returns:
         ``without``: for every patch, and for none (""), the error that training without it ended in, "" if it trained;
-        ``arguments``: what CUDA arguments give; ``installing``: what a second and a refused installation do.
+        ``arguments``: what CUDA arguments give; ``installing``: what a second and a refused installation do;
+        ``faults``: new pages that tensors take.
     """
     warnings.simplefilter("ignore")
     sys.modules["triton"] = None  # type: ignore[assignment]  # as with torch's CPU wheel, which brings none
@@ -36,6 +37,7 @@ def examine() -> dict[str, Any]:
         "without": {name: _in_child(partial(_train_without, name)) for name in names},
         "arguments": json.loads(_in_child(_use_cuda_arguments)),
         "installing": json.loads(_in_child(_install_twice_and_with_cuda)),
+        "faults": json.loads(_in_child(_page_faults)),
     }
 
 
@@ -145,6 +147,25 @@ def _use_cuda_arguments() -> str:
     Double.apply(value).sum().backward()
     assert value.grad is not None and value.grad.tolist() == [2.0, 2.0, 2.0]
     return json.dumps(seen)
+
+
+def _page_faults() -> str:
+    """How many new pages 20 tensors of 8 MiB take, one after another, before and after the backend is installed."""
+    import resource
+
+    import torch
+
+    from megatron_xalign import platform
+
+    def taken() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            torch.empty(1 << 21).fill_(1.0)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    before = taken()
+    platform.install()
+    return json.dumps({"before": before, "after": taken(), "pages": (1 << 23) // resource.getpagesize()})
 
 
 def _install_twice_and_with_cuda() -> str:

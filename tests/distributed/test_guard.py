@@ -36,6 +36,40 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return result
 
 
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Bad steps on two processes, by scenario: what each saw. Only one of two data-parallel ranks reads the sample."""
+    stages = {"pipeline_model_parallel_size": 2}
+    scenarios = [
+        {"name": "skip dp2", "training": SKIP, "poisoned": 9},
+        {"name": "rewind dp2", "training": REWIND, "poisoned": 13},
+        {"name": "rewind pp2", "training": REWIND, "poisoned": 13, "parallel": stages, "num_layers": 2},
+        {"name": "spike pp2", "training": SPIKE, "poisoned": 25, "poison": "loss", "parallel": stages, "num_layers": 2},
+    ]
+    arguments = {"folder": str(tmp_path_factory.mktemp("split")), "scenarios": scenarios}
+    by_rank = run_processes(JOB, "run", arguments, 2)
+    return {scenario["name"]: [found[scenario["name"]] for found in by_rank] for scenario in scenarios}
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "left"), [("skip dp2", 3, [3]), ("rewind dp2", 4, [3, 4]), ("rewind pp2", 4, [3, 4]),
+                               ("spike pp2", 7, [7])],
+)
+def test_all_processes_judge_alike(
+    split: dict[str, list[dict[str, Any]]], runs: dict[str, Any], name: str, step: int, left: list[int]
+) -> None:
+    first, second = split[name]
+    for found in (first, second):
+        assert found["error"] == "" and found["passed_over"] == [step]
+        back = step - len(left)
+        assert found["weights"][str(step)] == found["weights"][str(back)] != found["weights"][str(step + 1)]
+    assert [line["step"] for line in first["lines"]] == [number for number in range(1, 9) if number not in left]
+    if name.endswith("dp2"):
+        assert first["weights"] == second["weights"]
+        alone = {line["step"]: line["loss"] for line in runs[name.split()[0]]["lines"]}
+        assert {line["step"]: line["loss"] for line in first["lines"]} == pytest.approx(alone, abs=1e-6)
+
+
 def test_a_guard_that_finds_nothing_changes_no_bit(runs: dict[str, Any]) -> None:
     assert runs["watched"]["weights"] == runs["alone"]["weights"]
     assert runs["watched"]["passed_over"] == []

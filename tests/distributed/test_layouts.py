@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from layout_job import LENGTH, SAVED_AT, STEPS
 from processes import run_processes
+from training_job import VOCAB
 
 from megatron_xalign.formats.checkpoint import CheckpointReader
 
@@ -166,6 +167,9 @@ def test_the_z_loss_moves_weights_and_is_not_in_the_reported_loss(runs: dict[str
     # Step 1 has learning rate zero, so both report the losses of the same weights twice.
     assert with_z[:2].tolist() == plain[:2].tolist()
     assert np.abs(with_z[2:] - plain[2:]).max() > 1e-5
+    # Of all but even logits, and logged apart.
+    expected = Z_LOSS["z_loss_coefficient"] * math.log(VOCAB) ** 2
+    assert curve(runs, "one z", "z_loss")[0] == pytest.approx(expected, rel=0.02)
     assert np.abs(curve(runs, "one z", "grad_norm") / curve(runs, "one", "grad_norm") - 1).max() > 1e-3
 
 

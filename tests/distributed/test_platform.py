@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,14 @@ def test_device_arguments_mean_the_cpu_in_forward_and_backward(seen: dict[str, A
         "factory": "cpu", "to": "cpu", "cuda": True, "backward": "cpu", "type": "torch.cuda.FloatTensor",
         "half": "torch.cuda.HalfTensor", "module": "cpu",
     }
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_memory_of_freed_tensors_is_used_again(seen: dict[str, Any]) -> None:
+    faults = seen["faults"]
+    # Huge pages may serve many at once; once is enough for all twenty.
+    assert faults["after"] <= 1.5 * faults["pages"], faults
 
 
 @pytest.mark.distributed

@@ -23,7 +23,7 @@ PP2 = {"pipeline_model_parallel_size": 2}
 SP = {"sequence_parallel": True}
 SHARDED = {"use_distributed_optimizer": True}
 TIED = {"untie_embeddings_and_output_weights": False}
-OLMO = {"normalization": "LayerNorm"}
+OLMO = {"normalization": "LayerNorm", "init_method": "mitchell"}
 QWEN2 = {"add_qkv_bias": True}
 QWEN3 = {"qk_layernorm": True, "kv_channels": 24}
 LLAMA3 = {"rope_scaling_factor": 8.0, "rotary_base": 500_000}
@@ -51,6 +51,7 @@ TWO_PROCESSES = {
     "tp2 padded": {"parallel": TP2, "padded_vocab_size": 272},
     # The second process holds nothing but padding.
     "tp2 padded by half": {"parallel": TP2, "padded_vocab_size": 512},
+    "tp2 olmo": {"parallel": TP2, "model": OLMO},
     "tp2 qwen2": {"parallel": TP2, "model": QWEN2},
     "tp2 qwen3": {"parallel": TP2, "model": QWEN3},
     "tp2 sp qwen3": {"parallel": TP2 | SP, "model": QWEN3},
@@ -140,8 +141,33 @@ def test_every_process_holds_as_many_parameters_as_the_arithmetic_says(
         assert result["num_parameters"] == expected
 
 
-def test_norms_without_weights_do_not_depend_on_the_layout(runs: dict[str, list[dict[str, Any]]]) -> None:
-    np.testing.assert_allclose(curve(runs, "pp2 olmo", "loss"), curve(runs, "one olmo", "loss"), rtol=0, atol=1e-6)
+@pytest.mark.parametrize("name", ["tp2 olmo", "pp2 olmo"])
+def test_norms_without_weights_and_olmos_first_weights_do_not_depend_on_the_layout(
+    runs: dict[str, list[dict[str, Any]]], name: str
+) -> None:
+    np.testing.assert_allclose(curve(runs, name, "loss"), curve(runs, "one olmo", "loss"), rtol=0, atol=1e-6)
+
+
+def test_first_weights_of_olmo_have_the_deviations_of_its_code(
+    runs: dict[str, list[dict[str, Any]]], folder: Path
+) -> None:
+    assert runs["one olmo"]
+    weights = np.load(folder / "one olmo.npz")
+    hidden, ffn = MODEL["hidden_size"], MODEL["ffn_hidden_size"]
+    # What OLMo's init_weights computes for each; layers are counted from 0 there.
+    expected = {"embedding.word_embeddings.weight": hidden**-0.5, "output_layer.weight": hidden**-0.5}
+    for layer in range(MODEL["num_layers"]):
+        expected |= {
+            f"decoder.layers.{layer}.self_attention.linear_qkv.weight": hidden**-0.5,
+            f"decoder.layers.{layer}.self_attention.linear_proj.weight": (2 * hidden * (layer + 1)) ** -0.5,
+            f"decoder.layers.{layer}.mlp.linear_fc1.weight": hidden**-0.5,
+            f"decoder.layers.{layer}.mlp.linear_fc2.weight": (2 * ffn * (layer + 1)) ** -0.5,
+        }
+    assert set(weights.files) == set(expected)
+    for name, deviation in expected.items():
+        # 0.9866: what is left of a normal distribution's deviation between -3 and 3 of it. At least 4,096 numbers.
+        assert weights[name].std() == pytest.approx(0.9866 * deviation, rel=0.04), name
+        assert np.abs(weights[name]).max() <= 3 * deviation * (1 + 1e-6), name
 
 
 def test_bf16_follows_fp32_and_its_own_layouts(runs: dict[str, list[dict[str, Any]]]) -> None:

@@ -74,6 +74,31 @@ def test_a_damaged_checkpoint_is_passed_over_and_changed_data_is_refused(
 
 
 @pytest.mark.end_to_end
+def test_runs_on_one_process_and_on_two_go_back_at_the_same_steps(text: Path, tmp_path: Path, xalign: Xalign) -> None:
+    found = []
+    for processes in (1, 2):
+        run = tmp_path / str(processes)
+        more = [
+            # Weights that hardly move, so that losses are the noise of small batches, some of it a spike.
+            "optimizer.lr=1e-6", "optimizer.min_lr=1e-7", "model.init_method_std=0.2",
+            "training.loss_spike_policy=rewind", "training.loss_spike_deviations=0.8",
+            "training.loss_spike_window=4", "training.max_bad_steps=30",
+            f"parallel.pipeline_model_parallel_size={processes}",
+        ]
+        arguments = [part for setting in more for part in ("--set", setting)]
+        said = xalign(
+            "train", EXAMPLE, *settings(text, text / "tokens", run, steps=12), *arguments, "--nproc-per-node",
+            str(processes),
+        ).stderr
+        assert "back to the weights of step" in said, said[-2000:]
+        found.append(lines(run))
+    alone, both = found
+    assert [line["step"] for line in both] == [line["step"] for line in alone]
+    assert len(alone) < 12 and alone[-1]["steps_passed_over"] == both[-1]["steps_passed_over"] > 0
+    assert [line["loss"] for line in both] == pytest.approx([line["loss"] for line in alone], abs=1e-5)
+
+
+@pytest.mark.end_to_end
 def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on_from_its_last_checkpoint(
     text: Path, tmp_path: Path
 ) -> None:

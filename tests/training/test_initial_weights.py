@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_xalign.training.initial_weights import ROWS_PER_DRAW, normal_rows
+from megatron_xalign.training.initial_weights import ROWS_PER_DRAW, normal_rows, truncated
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 1), (1, 5), (60, 10), (63, 2), (64, 64), (100, 200), (299, 1)])
@@ -40,3 +40,11 @@ def test_rows_are_standard_normal_and_differ_between_draws() -> None:
     assert values.std().item() == pytest.approx(1.0, abs=0.02)
     assert values.pow(4).mean().item() == pytest.approx(3.0, abs=0.15)
     assert len(np.unique(values.numpy(), axis=0)) == len(values)
+
+
+def test_numbers_of_a_cut_distribution_are_its_quantiles() -> None:
+    from scipy.stats import norm, truncnorm
+
+    drawn = normal_rows(3, "w", 0, 200, 50)
+    expected = truncnorm.ppf(norm.cdf(drawn.double().numpy()), -3, 3)
+    np.testing.assert_allclose(truncated(drawn, 3.0).numpy(), expected, atol=2e-6)

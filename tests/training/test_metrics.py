@@ -106,6 +106,21 @@ def test_means_are_weighted_by_tokens_and_split_by_language_and_source() -> None
     assert "ell_Grek" not in means["loss_by_language"], "no label was in this language"
 
 
+def test_a_z_loss_is_reported_beside_the_loss_and_survives_a_checkpoint() -> None:
+    sums = LossSums(LANGUAGES, SOURCES, OneProcess(), ["pairs"], with_z_loss=True)  # type: ignore[arg-type]
+    batches = [random_batch(5), random_batch(6)]
+    parts = []
+    for batch, losses in batches:
+        z_loss = losses.square()
+        sums.add(batch, losses, z_loss)
+        sums.restore(json.loads(json.dumps(sums.state())))
+        parts.append(z_loss[batch.loss_mask > 0])
+    means = sums.take()
+    assert means["z_loss"] == pytest.approx(float(torch.cat(parts).double().mean()))
+    assert_same(means, expected(batches))
+    assert "z_loss" not in sums_for(OneProcess()).take()
+
+
 def test_taking_starts_a_new_interval() -> None:
     sums = sums_for(OneProcess())
     sums.add(*random_batch(1))

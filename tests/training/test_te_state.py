@@ -1,14 +1,26 @@
-"""A pass that only looks leaves Transformer Engine's memory as it was; modules here are made like its own."""
+"""Passes that only look leave Transformer Engine's memory as it was, and nothing else than it is loaded.
+
+Modules and settings here are made like its own.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+import io
+import os
+import pickle
+import sys
+import types
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_xalign.training.te_state import undisturbed
+from megatron_xalign.errors import CheckpointError
+from megatron_xalign.training.te_state import check_extra_state, undisturbed
 
 
 class Linear(torch.nn.Module):
@@ -42,3 +54,88 @@ def test_largest_values_and_scales_are_put_back_in_place_even_after_an_error() -
         layer(torch.tensor([7.0]))
         raise RuntimeError("stopped")
     assert history[0, 0] == 2
+
+
+class Program:
+    """Makes a pickle that runs a command when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+class Nested:
+    """The same, one pickle further in: inside the bytes of a torch storage."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        inner = io.BytesIO()
+        torch.save(Program(self.mark), inner)
+        return torch.storage._load_from_bytes, (inner.getvalue(),)
+
+
+def in_bytes(state: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Settings as ``transformer_engine.common.recipe`` has them."""
+    module = types.ModuleType("transformer_engine.common.recipe")
+    form = enum.Enum("Format", {"E4M3": "e4m3", "HYBRID": "hybrid"}, module=module.__name__)
+    scaling = dataclasses.make_dataclass("DelayedScaling", [("margin", int, 0), ("fp8_format", Any, form.HYBRID)])
+    scaling.__module__ = module.__name__
+    for name in ("transformer_engine", "transformer_engine.common"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    module.__dict__.update(Format=form, DelayedScaling=scaling)
+    return scaling(margin=1)
+
+
+def test_scales_and_settings_of_a_run_pass(recipe: Any) -> None:
+    scales = {"recipe": recipe, "scale_fwd": torch.ones(3), "amax_history_fwd": torch.rand(16, 3), "extra": {"n": 4}}
+    old = io.BytesIO()
+    torch.save({"scale_fwd": torch.ones(3)}, old)
+    check_extra_state(
+        {"a._extra_state": in_bytes(scales), "b._extra_state": None, "c._extra_state": torch.empty(0), "weight": recipe,
+         "d._extra_state": old}, "it",
+    )
+
+
+@pytest.mark.parametrize("kind", [Program, Nested])
+def test_a_program_in_the_state_is_refused_and_not_run(tmp_path: Path, kind: Any) -> None:
+    mark = tmp_path / "it ran"
+    hostile = in_bytes({"scale_fwd": torch.ones(3), "extra": kind(mark)})
+    with pytest.raises(CheckpointError, match=r"checkpoint x: layers.0._extra_state is not Transformer Engine's"):
+        check_extra_state({"layers.0._extra_state": hostile}, "checkpoint x")
+    saved = io.BytesIO()
+    torch.save(Program(mark), saved)
+    with pytest.raises(CheckpointError, match="nothing of this checkpoint was loaded"):
+        check_extra_state({"layers.0._extra_state": saved}, "checkpoint x")
+    assert not mark.exists()
+    # Read as Transformer Engine reads it, it would have run: the test is one.
+    pickle.loads(hostile.numpy().tobytes())
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("cut", [1, 20, 200])
+def test_damaged_state_is_refused(cut: int) -> None:
+    whole = in_bytes({"scale_fwd": torch.ones(3)})
+    with pytest.raises(CheckpointError, match="_extra_state"):
+        check_extra_state({"a._extra_state": whole[:-cut]}, "it")
+    with pytest.raises(CheckpointError, match="int and not"):
+        check_extra_state({"a._extra_state": 3}, "it")
+
+
+def test_names_with_dots_lead_nowhere_else(tmp_path: Path) -> None:
+    # Protocol 4 follows dots: recipe.os.system would be found in a module that imports os.
+    for name in (b"os.mkdir", b"DelayedScaling.__init__.__globals__"):
+        content = pickle.PROTO + b"\x04" + b"".join(
+            pickle.SHORT_BINUNICODE + bytes([len(part)]) + part for part in (b"transformer_engine.common.recipe", name)
+        ) + pickle.STACK_GLOBAL + pickle.STOP
+        with pytest.raises(CheckpointError, match="it asks for"):
+            check_extra_state({"a._extra_state": torch.frombuffer(bytearray(content), dtype=torch.uint8)}, "it")
