@@ -24,10 +24,14 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-# The distributed tests with every installation: make lanes LANES=".venv/bin/python .venv312/bin/python"
-LANES ?= $(VENV)/bin/python
+# The distributed tests with every installation: make lanes LANES=".venv/bin/python .venv312/bin/python". Without LANES
+# it makes an environment for each supported Python that is there, .venv3.11 and .venv3.12.
+VERSIONS := $(foreach version,3.11 3.12,$(if $(shell python$(version) -c 'print(1)' 2>/dev/null),$(version)))
 lanes:
-	OMP_NUM_THREADS=1 tests/run_lanes.sh $(LANES) $(if $(ARGS),-- $(ARGS))
+ifndef LANES
+	$(foreach version,$(VERSIONS),$(MAKE) VENV=.venv$(version) PYTHON=python$(version) .venv$(version)/.installed-dev &&) true
+endif
+	OMP_NUM_THREADS=1 tests/run_lanes.sh $(or $(LANES),$(VERSIONS:%=.venv%/bin/python)) $(if $(ARGS),-- $(ARGS))
 
 install: $(VENV)/.installed
 

@@ -213,6 +213,9 @@ class CheckpointReader:
                 place, start, length = self._bytes[name]
                 with self._open(place) as file:
                     settings = read_plain_values(file, f"{self.folder / place} ({name})", start, length)
+            # Core 0.19 puts it into a list of one.
+            if isinstance(settings, list) and len(settings) == 1:
+                settings = settings[0]
         return settings if isinstance(settings, dict) else None
 
     def file_sizes(self) -> dict[str, int]:
