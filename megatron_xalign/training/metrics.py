@@ -74,10 +74,15 @@ class LossSums:
         self._sums.copy_(before)
 
     def state(self) -> list[list[float]]:
-        """The sums over all ranks that hold other tokens, the same on every process, for a checkpoint."""
+        """The sums over all ranks that hold other tokens, the same on every process, for a checkpoint.
+
+        A z-loss, if there is one, is a row of its own: a run may go on with or without it.
+        """
         sums = self.ranks.sum_over(self._sums, "data_context")
         state: list[list[float]] = self.ranks.broadcast_over(sums, "pipeline", self.ranks.pipeline_size - 1).tolist()
-        return state
+        if self._z_loss_at is None:
+            return state
+        return [row[: self._z_loss_at] for row in state] + [[state[0][self._z_loss_at]]]
 
     def restore(self, state: Sequence[Sequence[float]]) -> None:
         """Go on from the sums of a checkpoint.
@@ -85,9 +90,14 @@ class LossSums:
         Raises:
             ValueError: they are of another number of languages or sources.
         """
-        sums = torch.tensor(state, dtype=self._sums.dtype, device=self._sums.device)
-        if sums.shape != self._sums.shape:
-            raise ValueError(f"loss sums of shape {list(sums.shape)}; this run has {list(self._sums.shape)}.")
+        rows, z_loss = state[:3], state[3:]
+        sums = torch.zeros_like(self._sums)
+        columns = self._sums.shape[1] - (self._z_loss_at is not None)
+        if [len(row) for row in rows] != [columns] * 3:
+            raise ValueError(f"loss sums of {[len(row) for row in rows]} columns; this run has three of {columns}.")
+        sums[:, :columns] = torch.tensor(rows, dtype=sums.dtype)
+        if self._z_loss_at is not None and z_loss:
+            sums[0, self._z_loss_at] = z_loss[0][0]
         # They are already summed over data- and context-parallel ranks: one of those holds them.
         self._sums.copy_(sums if self.ranks.data_context_rank == 0 else torch.zeros_like(sums))
 

@@ -89,10 +89,13 @@ class RMSNorm(torch.nn.Module):
     """``transformer_engine.pytorch.RMSNorm``."""
 
     def __init__(
-        self, hidden_size: int, eps: float = 1e-5, sequence_parallel: bool = False, params_dtype: Any = None,
-        device: Any = "cpu", **kwargs: Any,
+        self, normalized_shape: int | None = None, eps: float = 1e-5, sequence_parallel: bool = False,
+        params_dtype: Any = None, hidden_size: int | None = None, device: Any = "cpu", **kwargs: Any,
     ) -> None:
         super().__init__()
+        # Core 0.16 gives it by the older name.
+        hidden_size = hidden_size if normalized_shape is None else normalized_shape
+        assert hidden_size is not None
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.full((hidden_size,), 7.0, dtype=params_dtype, device=device))
         self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
@@ -157,7 +160,10 @@ def install() -> None:
         "LayerNormMLP": _Unused, "TransformerLayer": _Unused, "Fp8Padding": _Unused, "Fp8Unpadding": _Unused,
     }
     module("transformer_engine.pytorch", **names)
-    module("transformer_engine.pytorch.fp8", FP8GlobalStateManager=manager, fp8_autocast=fp8_autocast)
+    module(
+        "transformer_engine.pytorch.fp8", FP8GlobalStateManager=manager, fp8_autocast=fp8_autocast,
+        fp8_model_init=fp8_autocast,
+    )
     module(
         "transformer_engine.pytorch.distributed", CudaRNGStatesTracker=tracker,
         activation_recompute_forward=contextlib.nullcontext,

@@ -115,9 +115,19 @@ def test_a_z_loss_is_reported_beside_the_loss_and_survives_a_checkpoint() -> Non
         sums.add(batch, losses, z_loss)
         sums.restore(json.loads(json.dumps(sums.state())))
         parts.append(z_loss[batch.loss_mask > 0])
+    # A run may go on without it, or begin it.
+    without = sums_for(OneProcess())
+    without.restore(sums.state())
+    begun = LossSums(LANGUAGES, SOURCES, OneProcess(), ["pairs"], with_z_loss=True)  # type: ignore[arg-type]
+    begun.restore(without.state())
     means = sums.take()
     assert means["z_loss"] == pytest.approx(float(torch.cat(parts).double().mean()))
     assert_same(means, expected(batches))
+    for other in (without, begun):
+        of_other = other.take()
+        assert_same(of_other, expected(batches))
+        assert_same_counts(of_other, expected(batches))
+        assert of_other.get("z_loss", 0.0) == 0.0
     assert "z_loss" not in sums_for(OneProcess()).take()
 
 
@@ -144,7 +154,7 @@ def test_sums_of_a_checkpoint_go_on_where_they_were_on_one_rank_only() -> None:
     means = resumed.take()
     assert_same(means, expected(batches))
     assert_same_counts(means, expected(batches))
-    with pytest.raises(ValueError, match="loss sums of shape"):
+    with pytest.raises(ValueError, match="loss sums of .* columns"):
         LossSums(["one"], SOURCES, OneProcess()).restore(state)  # type: ignore[arg-type]
 
 
