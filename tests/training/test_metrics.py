@@ -154,7 +154,7 @@ def test_sums_of_a_checkpoint_go_on_where_they_were_on_one_rank_only() -> None:
     means = resumed.take()
     assert_same(means, expected(batches))
     assert_same_counts(means, expected(batches))
-    with pytest.raises(ValueError, match="loss sums of .* columns"):
+    with pytest.raises(ValueError, match=r"loss sums of .* columns"):
         LossSums(["one"], SOURCES, OneProcess()).restore(state)  # type: ignore[arg-type]
 
 
