@@ -9,7 +9,7 @@ way: over runs where there are at least two seeds a fraction, else over sentence
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,7 +65,8 @@ def weigh_claims(run_folders: Sequence[Path], controls: Mapping[str, str] | None
     """Put the three claims to the test for every pair of languages.
 
     Args:
-        run_folders: analysed runs of a series; those that belong to a control are left out.
+        run_folders: analysed runs of a series; those that belong to a control take no part in the tests, and their
+            numbers stand beside those of the series.
         controls: name of the control by run name.
 
     Returns:
@@ -74,16 +75,24 @@ def weigh_claims(run_folders: Sequence[Path], controls: Mapping[str, str] | None
     Raises:
         FormatError: a run was not analysed, or its results lack what each sentence adds.
     """
-    runs = [run for run in map(_read, run_folders) if run.name not in (controls or {})]
-    runs.sort(key=lambda run: (run.fraction, run.seeds))
+    every = sorted(map(_read, run_folders), key=lambda run: (run.fraction, run.seeds))
+    runs = [run for run in every if run.name not in (controls or {})]
     if len({run.fraction for run in runs}) < 2:
         return []
+    steps = set(_shared_steps(runs))
+    beside: dict[str, list[_Run]] = {}
+    for run in every:
+        if run.name in (controls or {}) and steps.issubset(run.steps):
+            beside.setdefault((controls or {})[run.name], []).append(run)
     pairs = sorted({row.subject for row in runs[0].results.select(measure=_RETRIEVAL)})
     claims = []
     for pair in pairs:
         layer = _shared_best_layer(runs, pair)
-        hits = {run.name: _hits(run, pair, layer) for run in runs}
-        claims += [_early(runs, pair, layer, hits), _neurons(runs, pair), _final(runs, pair, layer, hits)]
+        hits = {run.name: _hits(run, pair, layer) for run in every}
+        claims += [
+            _early(runs, beside, pair, layer, hits), _neurons(runs, beside, pair),
+            _final(runs, beside, pair, layer, hits),
+        ]
     return claims
 
 
@@ -142,6 +151,16 @@ def _by_fraction(runs: Sequence[_Run], values: Sequence[float], digits: int = 3)
     return ", ".join(told)
 
 
+def _told(
+    runs: Sequence[_Run], controls: Mapping[str, Sequence[_Run]], value_of: Callable[[_Run], float], digits: int = 3
+) -> str:
+    """A number of every fraction, and of the controls, without which nobody knows what a rise is due to."""
+    parts = [_by_fraction(runs, [value_of(run) for run in runs], digits)]
+    for name, own in sorted(controls.items()):
+        parts.append(f"in the control {name}: {_by_fraction(own, [value_of(run) for run in own], digits)}")
+    return "; ".join(parts)
+
+
 def _trend(runs: Sequence[_Run], values: Sequence[float], rising: bool, name: str) -> tuple[Verdict, str]:
     """Evidence from runs as units."""
     found = trend_test(values, [run.fraction for run in runs], "spearman", "two-sided")
@@ -178,7 +197,10 @@ def _paired(
     ]
 
 
-def _early(runs: Sequence[_Run], pair: str, layer: int, hits: Mapping[str, dict[int, np.ndarray]]) -> Claim:
+def _early(
+    runs: Sequence[_Run], controls: Mapping[str, Sequence[_Run]], pair: str, layer: int,
+    hits: Mapping[str, dict[int, np.ndarray]],
+) -> Claim:
     steps = _shared_steps(runs)
     until = steps[0] + EARLY * (steps[-1] - steps[0])
     if len(steps) < 3:
@@ -186,13 +208,15 @@ def _early(runs: Sequence[_Run], pair: str, layer: int, hits: Mapping[str, dict[
             "accelerates early sharing", pair, "undecided", f"probed at {len(steps)} steps only",
             "none: a curve needs at least 3 probed steps",
         )
-    area = {
-        run.name: areas_until(steps, np.stack([hits[run.name][step] for step in steps]), until) for run in runs
-    }
+
+    def area_of(run: _Run) -> np.ndarray:
+        return areas_until(steps, np.stack([hits[run.name][step] for step in steps]), until)
+
+    area = {run.name: area_of(run) for run in runs}
     values = [float(area[run.name].mean()) for run in runs]
     numbers = (
         f"mean share of translations found up to step {until:.0f} (area under the curve, layer {layer}): "
-        + _by_fraction(runs, values)
+        + _told(runs, controls, lambda run: float(area_of(run).mean()))
     )
     _, tests = _paired(runs, area)
     told = "; ".join(f"{100 * fraction:g} %: {mean:+.3f}, p = {p:.3f}" for fraction, mean, p in tests)
@@ -215,29 +239,32 @@ def _of_sentences(tests: Sequence[tuple[float, float, float]]) -> Verdict:
     return "undecided"
 
 
-def _neurons(runs: Sequence[_Run], pair: str) -> Claim:
+def _neurons(runs: Sequence[_Run], controls: Mapping[str, Sequence[_Run]], pair: str) -> Claim:
     step = _shared_steps(runs)[-1]
-    values = []
-    for run in runs:
+
+    def count_of(run: _Run) -> float:
         rows = [
             row for language in _languages(run, pair)
             for row in run.results.select(measure="ap_count_0.9", layer=None, subject=language, step=step)
         ]
         if not rows:
             raise FormatError(f"run {run.name}: no ap_count_0.9 of {pair} at step {step}; run `xalign analyze` again.")
-        values.append(sum(row.value for row in rows))
-    numbers = f"neurons with AP at least 0.9, both languages, step {step}: {_by_fraction(runs, values, 0)}"
+        return sum(row.value for row in rows)
+
+    numbers = f"neurons with AP at least 0.9, both languages, step {step}: {_told(runs, controls, count_of, 0)}"
     if _seeds_per_fraction(runs) > 1:
-        verdict, test = _trend(runs, values, rising=False, name="their number")
+        verdict, test = _trend(runs, [count_of(run) for run in runs], rising=False, name="their number")
     else:
         verdict, test = "undecided", "none: neurons of two runs do not correspond, so one seed a fraction tells nothing"
     return Claim("fewer language-specific neurons", pair, verdict, numbers, test)
 
 
-def _final(runs: Sequence[_Run], pair: str, layer: int, hits: Mapping[str, dict[int, np.ndarray]]) -> Claim:
+def _final(
+    runs: Sequence[_Run], controls: Mapping[str, Sequence[_Run]], pair: str, layer: int,
+    hits: Mapping[str, dict[int, np.ndarray]],
+) -> Claim:
     step = _shared_steps(runs)[-1]
     last = {run.name: hits[run.name][step] for run in runs}
-    values = [float(last[run.name].mean()) for run in runs]
     differences, _ = _paired(runs, last)
     fraction, difference_D = max(differences.items())
     difference, low, high = paired_difference_interval(
@@ -248,7 +275,8 @@ def _final(runs: Sequence[_Run], pair: str, layer: int, hits: Mapping[str, dict[
         verdict = "for"
     elif low > MARGIN or high < -MARGIN:
         verdict = "against"
-    numbers = f"share of translations found at step {step}, layer {layer}: {_by_fraction(runs, values)}"
+    told = _told(runs, controls, lambda run: float(hits[run.name][step].mean()))
+    numbers = f"share of translations found at step {step}, layer {layer}: {told}"
     seeds = _seeds_per_fraction(runs)
     about = "seeds averaged" if seeds > 1 else "one seed a fraction: another seed may differ"
     return Claim(

@@ -98,6 +98,19 @@ def test_one_fraction_makes_no_claim_and_controls_stand_aside(tmp_path: Path) ->
     assert weigh_claims(runs, {"p0.2-s1": "shuffled"}) == []
 
 
+def test_controls_stand_beside_the_numbers_and_change_no_verdict(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, fraction, seed, 0.05 * dose, 0.8, 500 - 40 * dose)
+            for dose, fraction in enumerate((0.0, 0.05, 0.2)) for seed in (1, 2, 3)]
+    without = weigh_claims(runs)
+    # As good as the best of the series, and of its fraction: it would be averaged into it if it took part.
+    control = write_run(tmp_path, 0.21, 1, 0.1, 0.8, 420)
+    claims = weigh_claims([*runs, control], {"p0.21-s1": "shuffled"})
+    assert [(claim.verdict, claim.test) for claim in claims] == [(claim.verdict, claim.test) for claim in without]
+    for claim, before in zip(claims, without, strict=True):
+        assert claim.numbers.startswith(before.numbers + "; in the control shuffled: ")
+    assert claims[1].numbers.endswith("in the control shuffled: 842 at 21 %")
+
+
 def test_a_run_that_was_not_analysed_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path, 0.05, 1, 0, 0.8, 500)
     (tmp_path / "empty").mkdir()
