@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,3 +167,14 @@ def test_an_unforeseen_error_keeps_its_traceback(
     code, error = said(capsys, "verify", "x")
     assert code == 1
     assert "JSONDecodeError" in error
+
+
+def test_output_that_nobody_reads_any_more_is_no_fault() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    process = subprocess.run(
+        [sys.executable, "-m", "megatron_xalign", "doctor", "--json"], stdout=write_end, stderr=subprocess.PIPE,
+        text=True, timeout=240, check=False,
+    )
+    os.close(write_end)
+    assert (process.returncode, process.stderr) == (141, "")

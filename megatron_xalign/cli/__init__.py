@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from megatron_xalign.cli.arguments import Handler
 from megatron_xalign.errors import ConfigError, StoppedEarly, XAlignError
 
 INTERRUPTED = 130
+NOBODY_READS = 141  # as a process that SIGPIPE ended
 
 _EXAMPLES = """
 the whole path in one command:
@@ -82,7 +84,7 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 when the job is done, 1 when it failed, 2 for wrong usage, 75 when it was asked to stop and saved its state,
-        130 when interrupted.
+        130 when interrupted, 141 when nobody reads the output any more.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
@@ -96,7 +98,9 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
     launch.enter_worker()
     handler: Handler = options.handler
     try:
-        return handler(options)
+        code = handler(options)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         if not launch.in_worker():
             print("\nxalign: interrupted; the same command continues where it stopped.", file=sys.stderr)
@@ -117,12 +121,26 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
             print(f"xalign: error: {error}", file=sys.stderr)
         return 1
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return NOBODY_READS
         launch.report_failure(error)
         if launch.in_worker():
             return 1
         traceback.print_exc()
         print("xalign: the error above is a bug or a fault of the machine, not of your input.", file=sys.stderr)
         return 1
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe that was closed, as ``| head`` does when it has enough."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    # What is left would be complained about once more when the process ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _start_logging() -> None:
