@@ -75,15 +75,16 @@ def weigh_claims(run_folders: Sequence[Path], controls: Mapping[str, str] | None
     Raises:
         FormatError: a run was not analysed, or its results lack what each sentence adds.
     """
+    controls = controls or {}
     every = sorted(map(_read, run_folders), key=lambda run: (run.fraction, run.seeds))
-    runs = [run for run in every if run.name not in (controls or {})]
+    runs = [run for run in every if run.name not in controls]
     if len({run.fraction for run in runs}) < 2:
         return []
     steps = set(_shared_steps(runs))
     beside: dict[str, list[_Run]] = {}
     for run in every:
-        if run.name in (controls or {}) and steps.issubset(run.steps):
-            beside.setdefault((controls or {})[run.name], []).append(run)
+        if run.name in controls and steps.issubset(run.steps):
+            beside.setdefault(controls[run.name], []).append(run)
     pairs = sorted({row.subject for row in runs[0].results.select(measure=_RETRIEVAL)})
     claims = []
     for pair in pairs:

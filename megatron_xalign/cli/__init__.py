@@ -133,7 +133,10 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
 
 def _nobody_reads() -> bool:
     """Whether standard output is a pipe that was closed, as ``| head`` does when it has enough."""
-    output = sys.stdout.fileno()
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # no file at all, where another program calls this one
+        return False
     poll = select.poll()
     poll.register(output, 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
