@@ -34,6 +34,8 @@ LONGEST_PLAN_SECONDS = 1800.0
 _ASK_AGAIN_SECONDS = 1.0
 # A scheduler may start the join when the last task is about to end, and locks may take a moment to get about.
 _LAST_TASK_SECONDS = 60.0
+# The folder is had alone for a moment by every task that asks for the plan as it is made, and for long by the join.
+_BESIDE_OTHERS_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def plan_tasks(settings: JobSettings, longest_wait_seconds: float = LONGEST_PLAN
             return job
         # Held by a task that plans, and soon will have; or by another job, which will not go away.
         with ExitStack() as held:
-            if not _held(held, settings, is_last_try=time.monotonic() > deadline):
+            if not _held(held, settings, deadline):
                 continue
             job = _planned(settings)
             if job is None:
@@ -101,14 +103,19 @@ def run_task(settings: JobSettings, task: Task) -> dict[str, Any]:
     Raises:
         As ``preprocess.run_job``, but for what the join finds.
     """
-    kept = _already_joined(settings)
-    if kept is not None:
-        return {"task": task.index, "num_tasks": task.num_tasks, "parts": 0}
-    job = plan_tasks(settings)
-    with job.hold(shared=True):
-        wanted = task.parts(job.num_parts)
-        figures = do_parts(job, wanted)
-    return {**figures, "task": task.index, "num_tasks": task.num_tasks, "parts": len(wanted)}
+    while _already_joined(settings) is None:
+        job = plan_tasks(settings)
+        deadline = time.monotonic() + _BESIDE_OTHERS_SECONDS
+        with ExitStack() as held:
+            is_held = False
+            while not is_held and (settings.work_folder / JOB_FILE).exists():
+                is_held = _held(held, settings, deadline, shared=True)
+            if not is_held or _planned(settings) is None:
+                continue  # Who had the folder alone meanwhile joined the parts, or planned another job.
+            wanted = task.parts(job.num_parts)
+            figures = do_parts(job, wanted)
+        return {**figures, "task": task.index, "num_tasks": task.num_tasks, "parts": len(wanted)}
+    return {"task": task.index, "num_tasks": task.num_tasks, "parts": 0}
 
 
 def join_tasks(settings: JobSettings) -> Outcome:
@@ -129,17 +136,22 @@ def join_tasks(settings: JobSettings) -> Outcome:
         )
     deadline = time.monotonic() + _LAST_TASK_SECONDS
     with ExitStack() as held:
-        while not _held(held, settings, is_last_try=time.monotonic() > deadline):
+        while not _held(held, settings, deadline):
             pass
-        return finish_job(job, {})
+        # By another join, meanwhile?
+        kept = _already_joined(settings)
+        if kept is None:
+            return finish_job(job, {})
+        job.folder.remove_all()
+        return kept
 
 
-def _held(stack: ExitStack, settings: JobSettings, *, is_last_try: bool) -> bool:
-    """Whether the work folder could be had alone, until the stack ends; if not, waits a little."""
+def _held(stack: ExitStack, settings: JobSettings, deadline: float, *, shared: bool = False) -> bool:
+    """Whether the work folder is had until the stack ends; if not, waits a little, or raises past the deadline."""
     try:
-        stack.enter_context(WorkFolder(settings.work_folder).hold())
+        stack.enter_context(WorkFolder(settings.work_folder).hold(shared=shared))
     except ConfigError:
-        if is_last_try:
+        if time.monotonic() > deadline:
             raise
         time.sleep(_ASK_AGAIN_SECONDS)
         return False

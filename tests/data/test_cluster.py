@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ import pytest
 from megatron_xalign.data import cluster
 from megatron_xalign.data.cluster import Task, datatrove_executor, join_tasks, plan_tasks, run_datatrove, run_task
 from megatron_xalign.data.inputs import Fields
+from megatron_xalign.data.job import Job
 from megatron_xalign.data.job_settings import JobSettings
-from megatron_xalign.data.preprocess import preprocess
+from megatron_xalign.data.preprocess import finish_job, preprocess
+from megatron_xalign.data.work_folder import WorkFolder
 from megatron_xalign.errors import ConfigError, CorpusError, FormatError
 from megatron_xalign.formats.token_file import verify_token_file
 
@@ -192,13 +195,50 @@ def test_input_that_changed_after_the_plan_is_planned_anew(settings: JobSettings
 
 
 def test_while_another_job_writes_there_a_task_waits_and_then_says_so(settings: JobSettings) -> None:
-    from megatron_xalign.data.work_folder import WorkFolder
-
     with WorkFolder(settings.work_folder).hold():
         begin = time.monotonic()
         with pytest.raises(ConfigError, match="another job"):
             plan_tasks(settings, longest_wait_seconds=1.5)
         assert time.monotonic() - begin >= 1.5
+
+
+def test_a_task_waits_for_another_that_has_the_folder_for_a_moment(settings: JobSettings, alone: Path) -> None:
+    """Tasks that ask for the plan while it is made each have the folder alone for a moment when it is there."""
+    job = plan_tasks(settings)
+    with ThreadPoolExecutor(1) as pool:
+        with WorkFolder(settings.work_folder).hold():
+            task = pool.submit(run_task, settings, Task(0, 1))
+            with pytest.raises(TimeoutError):
+                task.result(0.5)
+        assert task.result(120)["parts"] == job.num_parts
+    join_tasks(settings)
+    assert_same(settings.output_prefix, alone)
+
+
+def test_a_task_that_waited_while_the_parts_were_joined_does_nothing(settings: JobSettings, alone: Path) -> None:
+    run_task(settings, Task(0, 1))
+    with ThreadPoolExecutor(1) as pool:
+        with WorkFolder(settings.work_folder).hold():
+            task = pool.submit(run_task, settings, Task(0, 1))
+            with pytest.raises(TimeoutError):
+                task.result(0.5)
+            finish_job(Job.load(settings.work_folder), {})
+        assert task.result(120)["parts"] == 0
+    assert not settings.work_folder.exists()
+    assert_same(settings.output_prefix, alone)
+
+
+def test_two_joins_at_the_same_time_find_the_same(settings: JobSettings, alone: Path) -> None:
+    run_task(settings, Task(0, 1))
+    with ThreadPoolExecutor(2) as pool:
+        with WorkFolder(settings.work_folder).hold():
+            joins = [pool.submit(join_tasks, settings) for _ in range(2)]
+            with pytest.raises(TimeoutError):
+                joins[0].result(0.5)
+        first, second = (join.result(120) for join in joins)
+    assert first.manifests == second.manifests
+    assert not settings.work_folder.exists()
+    assert_same(settings.output_prefix, alone)
 
 
 def process_of(settings: JobSettings, call: str) -> subprocess.Popen[bytes]:
