@@ -50,7 +50,9 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """The same batch on another device; itself where it is there."""
+        if self.tokens.device == device:
+            return self
         return Batch(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
 
 

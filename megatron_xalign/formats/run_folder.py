@@ -39,6 +39,9 @@ _FREE_TO_CHANGE = (
     "training.keep_every_steps", "training.checkpoint_hashes", "training.async_save",
     "training.allow_changed_data", "parallel.heartbeat_interval_seconds", "logging.tensorboard",
     "logging.wandb_project", "logging.wandb_mode", "logging.mlflow_experiment", "logging.mlflow_tracking_uri",
+    # What becomes of bad steps to come: a run that one of them stopped goes on with another policy.
+    "training.nonfinite_policy", "training.loss_spike_policy", "training.loss_spike_deviations",
+    "training.loss_spike_window", "training.max_bad_steps",
 )
 
 

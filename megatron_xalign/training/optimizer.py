@@ -13,6 +13,7 @@ import torch
 
 from megatron_xalign.config import Fp16Config, OptimizerConfig, ParallelConfig, ParamsDtype
 from megatron_xalign.errors import ConfigError, XAlignError
+from megatron_xalign.platform import is_cpu
 from megatron_xalign.training import precision
 from megatron_xalign.training.backends import Choice, use_optimizer
 
@@ -163,6 +164,10 @@ def build_optimizer(
     if unknown:
         raise ConfigError(f"the installed megatron-core has no optimizer setting {', '.join(unknown)}.")
     megatron = get_megatron_optimizer(config=MegatronConfig(**settings), model_chunks=list(model_chunks))
+    if is_cpu():
+        for group in megatron.param_groups:
+            # torch's AdamW in one pass over each tensor. It is in checkpoints: a run goes on as it began.
+            group["fused"] = True
     if scaled is not None:
         for chunk in model_chunks:
             # Megatron's schedules multiply the loss by it before the backward pass.
