@@ -312,6 +312,13 @@ def others() -> None:
     attempt(native.count_characters, texts(), array("u1"), number(3))
     attempt(native.kinds_in_texts, texts(), array("u1"))
     attempt(native.utf8_lengths, maybe(texts()))
+    kinds = np.zeros(0x110000, np.uint8)
+    attempt(native.pack_texts, texts(), maybe(b"<|>"), maybe(kinds))
+    odd = np.frombuffer(b'{}[]",:\\ntu019e. \r\xc3\xa9\xed\xa0\xf0', np.uint8)
+    lines = random.choice(odd, int(random.integers(0, 60)))
+    attempt(native.pack_json_lines, maybe(lines.tobytes()), maybe(b"t"), b"<|>", maybe(kinds))
+    attempt(native.pack_json_lines, b'{"t": "' + lines.tobytes() + b'"}', b"t", b"<|>", kinds)
+    attempt(native.count_line_breaks, maybe(lines.tobytes()))
     attempt(native.Folding, array("<u4"), array("<u4"))
     index = attempt(native.ProbeIndex, folding, maybe(["abc def"]), maybe(0.7), number(9))
     if index is not None:

@@ -8,6 +8,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -15,6 +16,7 @@
 #include "xalign/blend.h"
 #include "xalign/folding.h"
 #include "xalign/minhash.h"
+#include "xalign/packed_texts.h"
 #include "xalign/permutation.h"
 #include "xalign/probe_index.h"
 #include "xalign/windows.h"
@@ -138,10 +140,15 @@ class Texts {
   std::vector<xalign::TextView> views_;
 };
 
-py::array_t<std::int64_t> count_characters(const py::list& texts, const py::array& kinds, std::size_t num_kinds) {
-  const Texts views(texts);
+const std::uint8_t* kind_table(const py::array& kinds) {
   const auto* table = data_of<std::uint8_t>(kinds, 1, "kinds");
   if (length_of(kinds) != xalign::kCodePoints) throw std::invalid_argument("kinds has not one item per code point.");
+  return table;
+}
+
+py::array_t<std::int64_t> count_characters(const py::list& texts, const py::array& kinds, std::size_t num_kinds) {
+  const Texts views(texts);
+  const auto* table = kind_table(kinds);
   std::vector<std::int64_t> counts;
   {
     py::gil_scoped_release free;
@@ -153,8 +160,7 @@ py::array_t<std::int64_t> count_characters(const py::list& texts, const py::arra
 
 py::array_t<std::uint8_t> kinds_in_texts(const py::list& texts, const py::array& kinds) {
   const Texts views(texts);
-  const auto* table = data_of<std::uint8_t>(kinds, 1, "kinds");
-  if (length_of(kinds) != xalign::kCodePoints) throw std::invalid_argument("kinds has not one item per code point.");
+  const auto* table = kind_table(kinds);
   std::vector<std::uint8_t> found;
   {
     py::gil_scoped_release free;
@@ -171,6 +177,51 @@ py::array_t<std::int64_t> utf8_lengths(const py::list& texts) {
     lengths = xalign::utf8_lengths(views.data(), views.size());
   }
   return to_array(std::move(lengths));
+}
+
+// Python's bytes of a given size, written to before anybody sees them.
+class BytesOut {
+ public:
+  explicit BytesOut(std::size_t room) : bytes_(PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(room))) {
+    if (bytes_ == nullptr) throw py::error_already_set();
+  }
+  BytesOut(const BytesOut&) = delete;
+  BytesOut& operator=(const BytesOut&) = delete;
+  ~BytesOut() { Py_XDECREF(bytes_); }
+  char* data() { return PyBytes_AS_STRING(bytes_); }
+  py::bytes take(std::size_t size) {
+    if (_PyBytes_Resize(&bytes_, static_cast<py::ssize_t>(size)) != 0) throw py::error_already_set();
+    return py::reinterpret_steal<py::bytes>(std::exchange(bytes_, nullptr));
+  }
+
+ private:
+  PyObject* bytes_;
+};
+
+py::tuple pack_texts(const py::list& texts, std::string_view separator, const py::array& kinds) {
+  const Texts views(texts);
+  const auto* table = kind_table(kinds);
+  BytesOut out(xalign::room_for_texts(views.data(), views.size(), separator));
+  xalign::PackedTexts packed;
+  {
+    py::gil_scoped_release free;
+    packed = xalign::pack_texts(views.data(), views.size(), separator, table, out.data());
+  }
+  return py::make_tuple(out.take(packed.size), to_array(std::move(packed.ends)), to_array(std::move(packed.kinds)));
+}
+
+std::optional<py::tuple> pack_json_lines(const py::bytes& lines, std::string_view key, std::string_view separator,
+                                         const py::array& kinds) {
+  const auto data = static_cast<std::string_view>(lines);
+  const auto* table = kind_table(kinds);
+  BytesOut out(xalign::room_for_json_lines(data, separator));
+  std::optional<xalign::PackedTexts> packed;
+  {
+    py::gil_scoped_release free;
+    packed = xalign::pack_json_lines(data, key, separator, table, out.data());
+  }
+  if (!packed) return std::nullopt;
+  return py::make_tuple(out.take(packed->size), to_array(std::move(packed->ends)), to_array(std::move(packed->kinds)));
 }
 
 // Two lists of one length, the second of which may be left out.
@@ -272,6 +323,14 @@ void define_texts(py::module_& module) {
   module.def("count_characters", &count_characters, py::arg("texts"), py::arg("kinds"), py::arg("num_kinds"));
   module.def("kinds_in_texts", &kinds_in_texts, py::arg("texts"), py::arg("kinds"));
   module.def("utf8_lengths", &utf8_lengths, py::arg("texts"));
+  module.def("count_line_breaks", [](const py::bytes& data) {
+    const auto view = static_cast<std::string_view>(data);
+    py::gil_scoped_release free;
+    return xalign::count_line_breaks(view);
+  }, py::arg("data"));
+  module.def("pack_texts", &pack_texts, py::arg("texts"), py::arg("separator"), py::arg("kinds"));
+  module.def("pack_json_lines", &pack_json_lines, py::arg("lines"), py::arg("key"), py::arg("separator"),
+             py::arg("kinds"));
   module.def("document_keys", &document_keys, py::arg("folding"), py::arg("texts"), py::arg("others") = py::none());
   module.def("document_sketches", &document_sketches, py::arg("folding"), py::arg("exact"), py::arg("texts"),
              py::arg("others") = py::none());

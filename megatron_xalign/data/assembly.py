@@ -41,13 +41,13 @@ def monolingual_documents(
             several sequences; the end-of-document token belongs to the last sentence.
     """
     ends_N = np.cumsum(lengths_N)
-    languages_N = np.broadcast_to(np.asarray(language, dtype=np.int64), lengths_N.shape)
     sentence_lengths = None
     if sentences is not None:
         sentence_lengths = sentences[0].copy()
         if eod is not None:
             sentence_lengths[np.cumsum(sentences[1]) - 1] += 1
     if eod is None:
+        languages_N = np.broadcast_to(np.asarray(language, dtype=np.int64), lengths_N.shape)
         return Documents(ids_T, lengths_N, ends_N, languages_N, sentence_lengths)
     tokens = np.empty(ids_T.size + lengths_N.size, dtype=ids_T.dtype)
     # Behind document n lie n end-of-document tokens of the documents before it.
@@ -56,11 +56,19 @@ def monolingual_documents(
     is_text[places_N] = False
     tokens[is_text] = ids_T
     tokens[places_N] = eod
+    return ended_documents(tokens, lengths_N + 1, language)._replace(sentence_lengths=sentence_lengths)
+
+
+def ended_documents(
+    tokens_T: NDArray[np.integer], lengths_N: NDArray[np.int64], language: int | NDArray[np.integer]
+) -> Documents:
+    """Documents of one language each whose last token is the end-of-document token; others as above."""
+    ends_N = np.cumsum(lengths_N)
     span_ends = np.empty(2 * lengths_N.size, dtype=np.int64)
-    span_ends[0::2], span_ends[1::2] = places_N, places_N + 1
+    span_ends[0::2], span_ends[1::2] = ends_N - 1, ends_N
     span_languages = np.full(2 * lengths_N.size, NO_LANGUAGE, dtype=np.int64)
-    span_languages[0::2] = languages_N
-    return Documents(tokens, lengths_N + 1, span_ends, span_languages, sentence_lengths)
+    span_languages[0::2] = language
+    return Documents(tokens_T, lengths_N, span_ends, span_languages)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from megatron_xalign.data.fields import Fields, pairs_among
+from megatron_xalign.data.packed_texts import PackedTexts
 from megatron_xalign.data.reading import OnError, Place, Reading
 
 _OTHER_LANGUAGE = "a language not asked for"
@@ -21,8 +22,8 @@ _OTHER_LANGUAGE = "a language not asked for"
 class TextBatch:
     """Consecutive documents, column by column; N of them."""
 
-    texts: list[str]
-    """Monolingual: the texts; pairs: the first sides. [N]; may be empty strings."""
+    texts: list[str] | PackedTexts
+    """Monolingual: the texts; pairs: the first sides. [N]; may be empty strings. Packed only if that was asked for."""
     others: list[str] | None = None
     """Pairs: the second sides. [N]"""
     language: str | None = None
@@ -56,6 +57,8 @@ class Task:
     reading: Reading
     on_error: OnError
     batch_bytes: int
+    separator: bytes | None = None
+    """What parts packed texts, if they are wanted where a format has them."""
 
     def reject(self, place: Place, number: int, reason: str, detail: str = "") -> None:
         """Count a malformed record, or raise; see ``Reading.reject``."""
@@ -65,7 +68,7 @@ class Task:
 def monolingual_batch(
     task: Task,
     place: Place,
-    texts: list[str],
+    texts: list[str] | PackedTexts,
     numbers: Sequence[int],
     language: str | None,
     named: list[str] | None = None,

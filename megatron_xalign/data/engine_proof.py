@@ -37,6 +37,9 @@ _WRITTEN = (
 )
 
 
+_BATCH = 100
+
+
 class Encoder(Protocol):
     """Anything that makes flat ids of texts."""
 
@@ -64,7 +67,9 @@ class Difference:
 def first_difference(reference: Encoder, other: Encoder, texts: Sequence[str]) -> Difference | None:
     """The first text whose ids differ, None if all are equal."""
     expected_T, expected_N = reference.encode_flat(texts)
-    given_T, given_N = other.encode_flat(texts)
+    # Some at a time, as a job does: with a special token spelt out among them, texts may take another way.
+    batches = [other.encode_flat(texts[begin : begin + _BATCH]) for begin in range(0, len(texts), _BATCH)]
+    given_T, given_N = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
     if np.array_equal(expected_N, given_N) and np.array_equal(expected_T, given_T):
         return None
     expected = np.split(expected_T, np.cumsum(expected_N)[:-1])

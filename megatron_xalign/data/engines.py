@@ -11,7 +11,6 @@ and, for SentencePiece models that trim spaces, those with white space at an end
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,8 @@ import numpy as np
 import psutil
 
 from megatron_xalign import _native
-from megatron_xalign.data.engine_proof import adversarial_texts, assigned_characters, first_difference
+from megatron_xalign.data.engine_proof import adversarial_texts, first_difference
+from megatron_xalign.data.packed_texts import SURROGATE, UNASSIGNED, PackedTexts, character_kinds
 from megatron_xalign.data.tokenizer import Tokenizer
 from megatron_xalign.data.tokenizer_models import (
     FlatIds,
@@ -44,7 +44,6 @@ WantedEngine = Literal["auto", "reference", "gigatoken"]
 _MAX_GROWTH_BYTES = 192 << 20
 # Reading a tokenizer takes a tenth of a second; not more often than after so much text.
 _MIN_BYTES_BETWEEN = 16 << 20
-_ORDINARY, _UNASSIGNED, _SURROGATE = 0, 1, 2  # Bits.
 _TRIMMED = "".join(chr(code) for code in range(0x3001) if chr(code).isspace()) + "▁"
 # Names of the patterns in gigatoken's from_tiktoken.
 _GIGATOKEN_SPLITS = {"gpt2": "gpt2", "cl100k": "gpt4", "o200k": "o200k", "megatron-v2": "nemotron"}
@@ -174,7 +173,7 @@ def _proved(
 def _encodable(texts: Sequence[str]) -> list[str]:
     """Texts without half a UTF-16 pair; a job deals with the others where it can name their lines."""
     texts = list(texts)
-    halves_N = _native.kinds_in_texts(texts, _character_kinds()) & _SURROGATE
+    halves_N = _native.kinds_in_texts(texts, character_kinds()) & SURROGATE
     return [text for text, halves in zip(texts, halves_N.tolist(), strict=True) if not halves]
 
 
@@ -204,47 +203,87 @@ class GigatokenEngine:
         """What gigatoken said when it failed on a batch, which the reference then did; the first time."""
         self._reference = tokenizer.model
         self._ends = _ends_around(tokenizer)
+        self._eod = tokenizer.eod
         special = sorted(tokenizer.model.special_ids)
         self._special_ranges = _ranges(special)
+        self._ranges_but_eod = _ranges([token for token in special if token != tokenizer.eod])
         self._trims = isinstance(tokenizer.model, SentencePieceModel) and tokenizer.model.trims
         self._load = _loader(gigatoken, tokenizer)
         self._process = psutil.Process()
+        self.separator = None if any(self._ends) else _separator(tokenizer)
+        """What parts texts that are given in one stretch: the end-of-document token's name. None where a tokenizer may
+        see a text otherwise then than by itself."""
         try:
             self._renew()
+            with _refusals():
+                if self.separator is not None and self._engine.encode(self.separator).tolist() != [self._eod]:
+                    self.separator = None
         except _RefusalError as error:
             raise ConfigError(f"{self.library} does not take this tokenizer: {error}") from None
 
     def encode_flat(self, texts: Sequence[str]) -> FlatIds:
         """Ids of all texts one after the other, int32 [T], and how many each has, int64 [N]."""
-        if not isinstance(texts, list):
-            texts = list(texts)
         if not texts:
             return np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int64)
-        kinds_N = _native.kinds_in_texts(texts, _character_kinds())
-        if kinds_N.max() >= _SURROGATE:
-            raise lone_surrogate(texts, int(np.flatnonzero(kinds_N & _SURROGATE)[0]))
+        if self.separator is None:
+            return self._encode_each(texts if isinstance(texts, list) else list(texts))
+        ids_T, lengths_N = self.encode_ended(PackedTexts.of(texts, self.separator))
+        is_text_T = np.ones(ids_T.size, dtype=bool)
+        is_text_T[np.cumsum(lengths_N) - 1] = False
+        return ids_T[is_text_T], lengths_N - 1
+
+    def encode_ended(self, texts: PackedTexts) -> FlatIds:
+        """The same of texts parted by ``separator``, in one call; each text's ids end in the end-of-document token."""
+        if texts.kinds_N.max() & SURROGATE:
+            raise lone_surrogate(texts, int(np.flatnonzero(texts.kinds_N & SURROGATE)[0]))
+        self._forget_if_large(texts.num_bytes)
+        try:
+            with _refusals():
+                ids_T = self._engine.encode(texts.data)
+        except _RefusalError as error:
+            return _with_ends(*self._refused(list(texts), error), [], [self._eod])
+        places_N = np.flatnonzero(ids_T == self._eod)
+        if places_N.size != len(texts) or places_N[-1] + 1 != ids_T.size:
+            # A text spells the token out.
+            return _with_ends(*self._encode_each(list(texts)), [], [self._eod])
+        lengths_N = np.diff(places_N, prepend=-1)
+        by_reference_N = (texts.kinds_N & UNASSIGNED) != 0
+        for first, last in self._ranges_but_eod:
+            by_reference_N[np.searchsorted(places_N, _within(ids_T, first, last))] = True
+        ids_T = ids_T.view(np.int32)
+        if by_reference_N.any():
+            ids_T, lengths_N = self._corrected(texts, ids_T, lengths_N, np.flatnonzero(by_reference_N), [self._eod])
+        return ids_T, lengths_N
+
+    def _encode_each(self, texts: list[str]) -> FlatIds:
+        """What ``encode_flat`` gives, of texts that gigatoken sees one by one."""
+        kinds_N = _native.kinds_in_texts(texts, character_kinds())
+        if kinds_N.max() & SURROGATE:
+            raise lone_surrogate(texts, int(np.flatnonzero(kinds_N & SURROGATE)[0]))
         self._forget_if_large(sum(map(len, texts)))
         try:
             offsets, ids_T = self._encode(texts)
         except _RefusalError as error:
-            if self.failure is None:
-                self.failure = str(error)
-                _LOG.warning("%s failed (%s); the reference does what it cannot", self.library, error)
-            self.texts_by_reference += len(texts)
-            return self._reference.encode_flat(texts)
-        by_reference_N = kinds_N == _UNASSIGNED
+            return self._refused(texts, error)
+        by_reference_N = (kinds_N & UNASSIGNED) != 0
         if self._trims:
             by_reference_N |= np.fromiter((len(text.strip(_TRIMMED)) < len(text) for text in texts), bool, len(texts))
         for first, last in self._special_ranges:
-            # One unsigned comparison: ids below the range wrap around to large ones.
-            places = np.flatnonzero(ids_T - np.uint32(first) <= np.uint32(last - first))
-            by_reference_N[np.searchsorted(offsets, places, side="right") - 1] = True
+            by_reference_N[np.searchsorted(offsets, _within(ids_T, first, last), side="right") - 1] = True
         ids_T, lengths_N = ids_T.view(np.int32), np.diff(offsets)
         if any(self._ends):
             ids_T, lengths_N = _with_ends(ids_T, lengths_N, *self._ends)
         if by_reference_N.any():
-            ids_T, lengths_N = self._corrected(texts, ids_T, lengths_N, np.flatnonzero(by_reference_N))
+            ids_T, lengths_N = self._corrected(texts, ids_T, lengths_N, np.flatnonzero(by_reference_N), [])
         return ids_T, lengths_N
+
+    def _refused(self, texts: list[str], error: _RefusalError) -> FlatIds:
+        """The reference's ids of texts that gigatoken failed on."""
+        if self.failure is None:
+            self.failure = str(error)
+            _LOG.warning("%s failed (%s); the reference does what it cannot", self.library, error)
+        self.texts_by_reference += len(texts)
+        return self._reference.encode_flat(texts)
 
     def start_counting(self) -> None:
         """Begin afresh after the proof, whose odd words would fill the memory that looks up the corpus' words."""
@@ -262,11 +301,13 @@ class GigatokenEngine:
         return offsets - offsets[0], ids_T[offsets[0] : offsets[-1]]
 
     def _corrected(
-        self, texts: list[str], ids_T: np.ndarray, lengths_N: np.ndarray, indices: np.ndarray
+        self, texts: Sequence[str], ids_T: np.ndarray, lengths_N: np.ndarray, indices: np.ndarray, after: list[int]
     ) -> FlatIds:
-        """The same with the reference's ids for some texts."""
+        """The same with the reference's ids, and some behind them, for some texts."""
         self.texts_by_reference += indices.size
         right_T, right_M = self._reference.encode_flat([texts[index] for index in indices])
+        if after:
+            right_T, right_M = _with_ends(right_T, right_M, [], after)
         starts = np.concatenate([[0], np.cumsum(lengths_N)])
         right_starts = np.concatenate([[0], np.cumsum(right_M)])
         pieces, kept_from = [], 0
@@ -354,6 +395,27 @@ def _ends_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return around[0]
 
 
+def _separator(tokenizer: Tokenizer) -> bytes | None:
+    """The end-of-document token's name, if it parts texts so that each is seen as if it were alone."""
+    model = tokenizer.model
+    if tokenizer.eod not in model.special_ids or isinstance(model, SentencePieceModel):
+        return None
+    if isinstance(model, TokenizersModel):
+        # Some tokens take white space beside them, or are none inside a word; and a normaliser may look further.
+        flags = ("lstrip", "rstrip", "single_word")
+        tokens = [token for token in model.added_tokens if token["id"] == tokenizer.eod]
+        if model.has_normalizer or any(token[flag] for token in tokens for flag in flags):
+            return None
+    return tokenizer.eod_token.encode()
+
+
+def _within(ids_T: np.ndarray, first: int, last: int) -> np.ndarray:
+    """Where the ids from one to another are."""
+    # One unsigned comparison: ids below the range wrap around to large ones.
+    places: np.ndarray = np.flatnonzero(ids_T - np.uint32(first) <= np.uint32(last - first))
+    return places
+
+
 def _with_ends(ids_T: np.ndarray, lengths_N: np.ndarray, before: list[int], after: list[int]) -> FlatIds:
     """The same ids with some put before and after each text's."""
     new_N = lengths_N + (len(before) + len(after))
@@ -379,16 +441,6 @@ def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
         else:
             ranges.append((number, number))
     return ranges
-
-
-@functools.cache
-def _character_kinds() -> np.ndarray:
-    """uint8 [0x110000]: whether a code point is ordinary, unassigned in this Python's Unicode, or half a pair."""
-    kinds = np.full(0x110000, _UNASSIGNED, dtype=np.uint8)
-    kinds[assigned_characters()[0]] = _ORDINARY
-    kinds[0x100000:0x10FFFE] = _ORDINARY  # private use
-    kinds[0xD800:0xE000] = _SURROGATE
-    return kinds
 
 
 def _version(package: str) -> str:

@@ -52,6 +52,7 @@ def read_part(
     on_error: OnError = "raise",
     reading: Reading | None = None,
     batch_bytes: int = 2 << 20,
+    separator: bytes | None = None,
 ) -> Iterator[TextBatch]:
     """Read the documents of a part, in order.
 
@@ -62,6 +63,8 @@ def read_part(
             an XML error or a file changed since it was found is an error anyway.
         reading: filled in while reading.
         batch_bytes: text in a batch, about; a longer line is a batch of its own size.
+        separator: give the texts of monolingual JSON lines, where all is plain, as ``PackedTexts`` with this behind
+            each.
 
     Returns:
         Batches of at least one document.
@@ -74,7 +77,7 @@ def read_part(
     if batch_bytes < 1:
         raise ValueError(f"batch_bytes={batch_bytes} must be positive.")
     reading = reading if reading is not None else Reading()
-    task = Task(fields, LanguageCodes(fields), reading, on_error, batch_bytes)
+    task = Task(fields, LanguageCodes(fields), reading, on_error, batch_bytes, separator)
     for piece in part.pieces:
         before = reading.documents
         try:

@@ -25,6 +25,7 @@ from megatron_xalign.data.batches import (
 )
 from megatron_xalign.data.fields import Fields
 from megatron_xalign.data.line_blocks import Block
+from megatron_xalign.data.packed_texts import PackedTexts
 from megatron_xalign.data.reading import Place
 
 _JSON_SPACE = b" \t\r\n"
@@ -46,6 +47,9 @@ class Layout(Protocol):
     decoder: msgspec.json.Decoder[Any]
     """Of one record to a struct."""
 
+    def pack(self, place: Place, block: Block) -> TextBatch | None:
+        """The documents of a block in which all is plain, packed; None if it has to be decoded."""
+
     def from_content(self, content: Mapping[str, Any]) -> Any:
         """The struct of a record in Python's types.
 
@@ -60,6 +64,10 @@ class Layout(Protocol):
 def read_json_lines(blocks: Iterable[Block], place: Place, layout: Layout, task: Task) -> Iterator[TextBatch]:
     """The documents of lines, a batch a block."""
     for block in blocks:
+        packed = layout.pack(place, block)
+        if packed is not None:
+            yield packed
+            continue
         records, numbers = _decode(block, place, layout, task)
         if records:
             yield layout.batch(place, records, numbers)
@@ -179,6 +187,15 @@ class _Monolingual:
         self._record = _struct(keys)
         self.decoder = msgspec.json.Decoder(self._record)
 
+    def pack(self, place: Place, block: Block) -> TextBatch | None:
+        if self._task.separator is None or self._language_key is not None:
+            return None
+        texts = PackedTexts.of_json_lines(block.data, self._text_key, self._task.separator)
+        if texts is None:
+            return None
+        numbers = range(block.first, block.first + block.num_lines)
+        return monolingual_batch(self._task, place, texts, numbers, self._language)
+
     def from_content(self, content: Mapping[str, Any]) -> Any:
         text = text_in(content, self._text_key)
         if self._language_key is None:
@@ -215,6 +232,9 @@ class _Sides:
         self._keys = keys
         self._record = _struct(keys, list(keys) if self._may_miss else ["id"])
         self.decoder = msgspec.json.Decoder(self._record)
+
+    def pack(self, place: Place, block: Block) -> TextBatch | None:
+        return None
 
     def from_content(self, content: Mapping[str, Any]) -> Any:
         values: dict[str, Any] = {}
@@ -261,6 +281,9 @@ class _Texts:
         self._record = _struct({"texts": (self._key, dict[str, str]), "id": (self._id_key, Any)}, ["id"])
         self.decoder = msgspec.json.Decoder(self._record)
         self._wanted = set(wanted_languages(task.fields))
+
+    def pack(self, place: Place, block: Block) -> TextBatch | None:
+        return None
 
     def from_content(self, content: Mapping[str, Any]) -> Any:
         texts = texts_in(content, self._key)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import zstandard
 
+from megatron_xalign import _native
 from megatron_xalign.data.input_files import Compression, InputFile
 from megatron_xalign.data.reading import Reading
 from megatron_xalign.errors import CorpusError
@@ -308,7 +309,7 @@ def line_blocks(
 
     def blocks(data: bytes) -> Iterator[Block]:
         nonlocal line, position
-        num_lines = data.count(b"\n") + (not data.endswith(b"\n"))
+        num_lines = _native.count_line_breaks(data) + (not data.endswith(b"\n"))
         block = Block(data, line, num_lines, position)
         line, position = line + block.num_lines, position + len(data)
         if len(data) > max_line_bytes:

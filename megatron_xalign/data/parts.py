@@ -15,14 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_xalign import _native
-from megatron_xalign.data.assembly import Documents, Frame, monolingual_documents, pair_documents, without
+from megatron_xalign.data.assembly import (
+    Documents,
+    Frame,
+    ended_documents,
+    monolingual_documents,
+    pair_documents,
+    without,
+)
 from megatron_xalign.data.contamination import CLEAN, IN, NEAR, ProbeSet
 from megatron_xalign.data.documents import Direction, parse_template
 from megatron_xalign.data.duplicates import KeyFileWriter, document_keys
-from megatron_xalign.data.engines import engine_named
+from megatron_xalign.data.engines import GigatokenEngine, engine_named
 from megatron_xalign.data.filters import IN_PROBE, NEAR_PROBE, TOO_MANY_TOKENS, PairFilter, within_token_limit
 from megatron_xalign.data.inputs import Reading, TextBatch, read_part
 from megatron_xalign.data.job import Job, identity_of
+from megatron_xalign.data.packed_texts import BLANK, PackedTexts
 from megatron_xalign.data.tokenizer_models import UnencodableTextError
 from megatron_xalign.errors import CorpusError
 from megatron_xalign.formats.atomic import write_json
@@ -73,6 +81,11 @@ class PartMaker:
                 self.filter = PairFilter(settings.filters, probe=self.probe)
             self.frame = self._frame()
         self.splitters = {language: job.splitter(language) for language in job.sentences}
+        self.separator: bytes | None = None
+        """What texts may be packed with, if nobody but the engine looks at them."""
+        looked_at = self.probe is not None or settings.duplicate_rule != "keep" or job.sentences
+        if isinstance(self.engine, GigatokenEngine) and settings.append_eod and not looked_at:
+            self.separator = self.engine.separator
 
     def _frame(self) -> Frame:
         pieces = parse_template(self.job.settings.template)
@@ -107,7 +120,7 @@ class PartMaker:
         with _Part(self, index) as part:
             for batch in read_part(
                 self.job.parts[index], settings.fields, on_error=settings.on_error, reading=part.reading,
-                batch_bytes=_BATCH_BYTES,
+                batch_bytes=_BATCH_BYTES, separator=self.separator,
             ):
                 part.add(batch)
                 part.check_skipped()
@@ -155,6 +168,8 @@ class _Part:
         try:
             if batch.others is not None:
                 self._add_pairs(batch, batch.others)
+            elif isinstance(batch.texts, PackedTexts):
+                self._add_packed(batch.texts, batch.language or "")
             elif batch.languages is None:
                 self._add_monolingual(batch, batch.texts, batch.language or "", None)
             elif self.job.settings.split_by_language or self.job.sentences:
@@ -230,8 +245,31 @@ class _Part:
         eod = self.maker.tokenizer.eod if self.job.settings.append_eod else None
         self._write(output, monolingual_documents(ids, lengths, index, eod, sentences), texts, None)
 
+    def _add_packed(self, texts: PackedTexts, language: str) -> None:
+        """Write texts in one language that only the engine looks at."""
+        engine = self.maker.engine
+        assert isinstance(engine, GigatokenEngine)
+        if not self.job.settings.keep_blank:
+            is_blank = (texts.kinds_N & BLANK) != 0
+            if is_blank.any():
+                self.empty += int(np.count_nonzero(is_blank))
+                texts = texts.only(~is_blank)
+        if not texts:
+            return
+        tokens, lengths = engine.encode_ended(texts)
+        self.text_bytes += texts.num_bytes
+        keep = lengths > 1
+        if not keep.all():
+            self.empty += int(np.count_nonzero(~keep))
+            tokens, lengths = without(tokens, lengths, keep)
+        if not lengths.size:
+            return
+        is_split = self.job.settings.split_by_language
+        output = self._output(_file_name(language) if is_split else "", language)
+        output.writer.add_documents(*ended_documents(tokens, lengths, output.writer.language_index(language)))
+
     def _add_pairs(self, batch: TextBatch, others: list[str]) -> None:
-        texts, ids = batch.texts, batch.ids or []
+        texts, ids = list(batch.texts), batch.ids or []
         sides = batch.language or batch.languages, batch.other_language or batch.other_languages
         keep = np.fromiter(
             (bool(a) and bool(b) and not a.isspace() and not b.isspace() for a, b in zip(texts, others, strict=True)),

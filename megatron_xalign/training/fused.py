@@ -1,8 +1,9 @@
 """RMSNorm, SwiGLU and rotary positions with their gradients written out: torch's own kernels, in fewer passes.
 
-Left to autograd each of them is a chain of small operations, every one of which reads and writes all of its tensors.
-Where a layer is a few hundred wide that costs about as much as half of its matrix products. The results are those of
-Hugging Face's Llama up to rounding.
+They run on the CPU, where they were measured and tested; on other devices torch's and Megatron's do. Left to autograd
+each of them is a chain of small operations, every one of which reads and writes all of its tensors. Where a layer is a
+few hundred wide that costs about as much as half of its matrix products. The results are those of Hugging Face's Llama
+up to rounding.
 """
 
 # S sequence on this rank, B micro-batch, H hidden, F ffn width, N heads on this rank, G key/value heads, R = N / G,
@@ -68,6 +69,9 @@ class SwiGLU(torch.nn.Module):
 
     def forward(self, gate_and_up: torch.Tensor) -> torch.Tensor:
         """Apply it."""
+        if gate_and_up.device.type != "cpu":
+            gate, up = gate_and_up.chunk(2, -1)
+            return functional.silu(gate) * up
         out: torch.Tensor = _SwiGLU.apply(gate_and_up)
         return out
 

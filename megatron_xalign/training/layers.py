@@ -49,11 +49,13 @@ class Norm(torch.nn.Module):
 
     def forward(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
         """Normalise the last axis."""
+        if self.weight is not None and hidden_SBH.device.type == "cpu":
+            normed: torch.Tensor = RootMeanSquareNorm.apply(hidden_SBH, self.weight, self.eps)
+            return normed
+        single = hidden_SBH.float()
         if self.weight is None:
-            single = hidden_SBH.float()
             return functional.layer_norm(single, (self.hidden_size,), None, None, self.eps).type_as(hidden_SBH)
-        normed: torch.Tensor = RootMeanSquareNorm.apply(hidden_SBH, self.weight, self.eps)
-        return normed
+        return self.weight * functional.rms_norm(single, (self.hidden_size,), None, self.eps).type_as(hidden_SBH)
 
 
 class CausalAttention(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Megatron's self-attention with rotary positions of our own, which give attention its heads in one piece each."""
+"""Megatron's self-attention with rotary positions of our own on the CPU: they give attention its heads in one piece."""
 
 # S sequence on this rank, B micro-batch, D head width
 
@@ -26,13 +26,17 @@ def rotating_attention() -> type:
         turns: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None = None
         """The angles last seen, their cosines and sines; Megatron gives the same tensor again and again."""
 
-        def forward(self, *args: Any, rotary_pos_emb: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        def forward(
+            self, hidden_states: torch.Tensor, *args: Any, rotary_pos_emb: torch.Tensor | None = None, **kwargs: Any
+        ) -> Any:
             """See Megatron's; positions come by name."""
+            if hidden_states.device.type != "cpu":
+                return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
             if kwargs.get("inference_context") is not None or kwargs.get("packed_seq_params") is not None:
                 raise ValueError("inference_context and packed_seq_params must be None; whole sequences are turned.")
             self.angles = rotary_pos_emb
             try:
-                return super().forward(*args, **kwargs)
+                return super().forward(hidden_states, *args, **kwargs)
             finally:
                 self.angles = None
 

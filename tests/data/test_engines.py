@@ -20,6 +20,7 @@ from tokenizer_files import hf_folder, ranks_of, sentencepiece_model, tiktoken_f
 from megatron_xalign.data import engines
 from megatron_xalign.data.engine_proof import adversarial_texts, first_difference
 from megatron_xalign.data.engines import GigatokenEngine, choose_engine, engine_named, reference_engine
+from megatron_xalign.data.packed_texts import PackedTexts
 from megatron_xalign.data.tokenizer import TiktokenSettings, Tokenizer, UnencodableTextError, train_tokenizer
 from megatron_xalign.errors import ConfigError
 
@@ -253,6 +254,12 @@ class _Lying:
             raise self.error
         return self.engine.encode_batch([text.replace(self.word, "other") for text in texts], parallel=False)
 
+    def encode(self, data: bytes) -> np.ndarray:
+        if self.error and self.word.encode() in data:
+            raise self.error
+        ids: np.ndarray = self.engine.encode(data.replace(self.word.encode(), b"other"))
+        return ids
+
 
 def test_one_wrong_id_in_the_sample_is_found_and_named(
     tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -286,6 +293,20 @@ def test_a_failure_keeps_it_from_being_chosen_and_later_costs_time_but_no_id(
     texts = ["a xylophone", *ALL_LINES]
     assert rows(engine.encode_flat(texts)) == oracle(tokenizers["gpt2"], texts)
     assert str(error) in caplog.text
+
+
+def test_texts_in_one_stretch_get_the_ids_that_each_has_alone(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["gpt2"]
+    engine = GigatokenEngine(tokenizer)
+    assert engine.separator == tokenizer.eod_token.encode()
+    plain = [*ALL_LINES, "", " ", "\n", "new \u0378 character", "\U0001f9d1", "x" * 3000]
+    for texts in (plain, [*plain, f"it spells {tokenizer.eod_token} out", "after it"], [""], [tokenizer.eod_token]):
+        expected = [[*row, tokenizer.eod] for row in oracle(tokenizer, texts)]
+        ids, lengths = engine.encode_ended(PackedTexts.of(texts, engine.separator))
+        assert [row.tolist() for row in np.split(ids, np.cumsum(lengths)[:-1])] == expected
+        assert rows(engine.encode_flat(texts)) == oracle(tokenizer, texts)
+    with pytest.raises(UnencodableTextError, match=r"text 1 of the batch .* U\+DC41"):
+        engine.encode_ended(PackedTexts.of(["a", "b\udc41"], engine.separator))
 
 
 def test_an_interrupt_is_not_taken_for_a_failure(
