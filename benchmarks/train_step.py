@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="the small model of --quick, as many turns as asked")
     parser.add_argument("--quick", action="store_true", help="a small model and few steps: shows that it runs")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant")
-    parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
+    parser.add_argument("--steps", type=int, help="steps of a turn; left out, 2, and 8 of the small model")
     parser.add_argument("--play", choices=(OURS, BARE, PLAIN), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -307,7 +307,8 @@ def main() -> None:
     if options.play:
         play(options.play, SMALL if small else MODEL, options.folder)
         return
-    rounds, steps = (2, 1) if options.quick else (options.rounds, options.steps)
+    # A turn of ours is a whole run, whose beginning and end should not count as much as its steps.
+    rounds, steps = (2, 1) if options.quick else (options.rounds, options.steps or (8 if small else 2))
     names = [OURS, BARE]
     if importlib.util.find_spec("transformers") is not None:
         names.append(PLAIN)
