@@ -5,7 +5,8 @@
 Three sources (two of one language, one of pairs; .475, .475, .05), documents of 60 and of 500 tokens on average,
 sequences of 2,048, samples in random order, all files in the page cache. The same `.bin` and `.idx` for both. Ours
 gives what Megatron's gives (tokens, labels, loss mask, position ids, as torch tensors) and also the language of every
-token and label, its source and its document. Batches of 8, as a micro-batch is read; Megatron reads sample by sample.
+token and label, its source and its document. Ours reads batches of 8, as a micro-batch is read; Megatron reads sample
+by sample, and "core, collated" puts 8 of its samples into a batch as a DataLoader does, which is what a step is given.
 "with resets" asks ours for reset_position_ids and eod_mask_loss (document ids are always there) and Megatron for the
 same and reset_attention_mask, without building the mask.
 
@@ -16,6 +17,7 @@ median of samples per CPU second counts.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import math
@@ -81,6 +83,10 @@ def _compare(options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
                 unit="1/s", better="higher", tokens_per_source=tokens,
             ),
             answer(
+                f"the same in batches of {BATCH}, {documents}", ours=rates["ours"], peer=rates["core, collated"],
+                goal=10, unit="1/s", better="higher",
+            ),
+            answer(
                 f"the same with resets, {documents}", ours=rates["ours with resets"], peer=rates["core with resets"],
                 goal=10, unit="1/s", better="higher",
             ),
@@ -97,8 +103,7 @@ def _rates(folder: Path, seconds: float, rounds: int) -> dict[str, float]:
         f"{who}{' with resets' if resets else ''}": {
             "who": who, "folder": str(folder), "resets": resets, "seconds": seconds
         }
-        for resets in (False, True)
-        for who in ("ours", "core")
+        for who, resets in (("ours", False), ("core", False), ("core, collated", False), ("ours", True), ("core", True))
     }  # fmt: skip
     rates: dict[str, list[float]] = {job: [] for job in jobs}
     for number in range(rounds):
@@ -115,7 +120,9 @@ def _measure(who: str, folder: str, resets: bool, seconds: float) -> float:
     import torch
 
     torch.set_num_threads(1)
-    read = {"ours": _ours, "core": _core}[who](Path(folder), resets)
+    read = {
+        "ours": _ours, "core": _core, "core, collated": functools.partial(_core, collated=True)
+    }[who](Path(folder), resets)  # fmt: skip
     read(500)
     done, begin = 0, time.process_time()
     while (taken := time.process_time() - begin) < seconds:
@@ -158,7 +165,7 @@ def _ours(folder: Path, resets: bool) -> Callable[[int], int]:
     return read
 
 
-def _core(folder: Path, resets: bool) -> Callable[[int], int]:
+def _core(folder: Path, resets: bool, collated: bool = False) -> Callable[[int], int]:
     import torch
 
     logging.getLogger("megatron").setLevel(logging.ERROR)
@@ -197,13 +204,20 @@ def _core(folder: Path, resets: bool) -> Callable[[int], int]:
     blended = BlendedDataset(datasets, WEIGHTS, num_samples, config)
     random = np.random.default_rng(0)
 
+    def read_batches(count: int) -> int:
+        for samples in random.integers(0, num_samples, (count // BATCH, BATCH)).tolist():
+            batch = torch.utils.data.default_collate([blended[sample] for sample in samples])
+            assert batch["tokens"].shape == (BATCH, SEQ_LENGTH)
+        assert cache
+        return count // BATCH * BATCH
+
     def read(count: int) -> int:
         for sample in random.integers(0, num_samples, count).tolist():
             assert len(blended[sample]["tokens"]) == SEQ_LENGTH
         assert cache
         return count
 
-    return read
+    return read_batches if collated else read
 
 
 if __name__ == "__main__":

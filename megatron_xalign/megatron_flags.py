@@ -48,6 +48,12 @@ def _count(text: str) -> int:
     return int(text.replace("_", ""))
 
 
+def _proportions(text: str) -> str:
+    """As Megatron reads them: whatever stands between the numbers, parts that are not named get nothing."""
+    numbers = re.findall(r"[.0-9]+", text)
+    return ",".join([*numbers, *["0"] * (3 - len(numbers))])
+
+
 FLAGS = (
     Flag("--num-layers", "model.num_layers", _count),
     Flag("--hidden-size", "model.hidden_size", _count),
@@ -86,7 +92,7 @@ FLAGS = (
     Flag("--adam-eps", "optimizer.adam_eps", float, 1e-8),
     Flag("--clip-grad", "optimizer.clip_grad", float, 1.0),
     Flag("--seq-length", "data.seq_length", _count),
-    Flag("--split", "data.split", default="969,30,1"),
+    Flag("--split", "data.split", _proportions, "969,30,1"),
     Flag("--reset-position-ids", "data.reset_position_ids", _true),
     Flag("--reset-attention-mask", "data.reset_attention_mask", _true),
     Flag("--eod-mask-loss", "data.eod_mask_loss", _true),

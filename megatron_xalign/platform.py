@@ -64,23 +64,28 @@ def _is_cuda(device: object) -> bool:
     return isinstance(device, str) and device.split(":")[0] == "cuda"
 
 
+_NAMES_A_DEVICE = frozenset({torch.Tensor.cuda, torch.Tensor.to, torch.Tensor.type})
+"""Functions that may name a device other than by ``device=``."""
+
+
 class _CudaMeansCpu(TorchFunctionMode):
     """Rewrites CUDA device arguments of torch functions to the CPU while it is active."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Gradient clipping and the distributed optimizer compare the type's name with torch.cuda.FloatTensor.
-            return func(args[0]).replace("torch.", "torch.cuda.", 1)
-        if _is_cuda(kwargs.get("device")):
+        # Every torch function of a step comes through here, most of them with nothing to rewrite.
+        if kwargs and _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
-        if func is torch.Tensor.to:
-            args = tuple(CPU if _is_cuda(argument) else argument for argument in args)
-        return func(*args, **kwargs)
+        if func in _NAMES_A_DEVICE:
+            if func is torch.Tensor.cuda:
+                return args[0]
+            if func is torch.Tensor.to:
+                args = tuple(CPU if _is_cuda(argument) else argument for argument in args)
+            elif len(args) == 1 and not kwargs:
+                # Gradient clipping and the distributed optimizer compare the type's name with torch.cuda.FloatTensor.
+                return func(args[0]).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 def _set(module: object, name: str, value: object) -> None:
@@ -137,18 +142,19 @@ def _patch_rng_state() -> None:
     _set(random, "_set_cuda_rng_state", set_state)
 
 
+def add_weight_gradient(input_MI: torch.Tensor, gradient_MO: torch.Tensor, main_grad_OI: torch.Tensor) -> None:
+    """Add the gradient of a matrix to Megatron's gradient buffer in the product itself."""
+    if gradient_MO.dtype == main_grad_OI.dtype:
+        main_grad_OI.addmm_(gradient_MO.t(), input_MI)
+    else:
+        main_grad_OI.add_(gradient_MO.t() @ input_MI)
+
+
 def _patch_weight_gradient() -> None:
-    """Add the gradient of a matrix to Megatron's gradient buffer in the product itself, for which it asks apex."""
-
-    def add_product(input_MI: torch.Tensor, gradient_MO: torch.Tensor, main_grad_OI: torch.Tensor) -> None:
-        if gradient_MO.dtype == main_grad_OI.dtype:
-            main_grad_OI.addmm_(gradient_MO.t(), input_MI)
-        else:
-            main_grad_OI.add_(gradient_MO.t() @ input_MI)
-
+    """Let Megatron add weight gradients in the product, for which it asks apex."""
     kernels = types.ModuleType(WEIGHT_GRADIENT_KERNELS, "Stand-in: the kernels of this name are for CUDA.")
     for name in ("wgrad_gemm_accum_fp32", "wgrad_gemm_accum_fp16"):
-        _set(kernels, name, add_product)
+        _set(kernels, name, add_weight_gradient)
     sys.modules[WEIGHT_GRADIENT_KERNELS] = kernels
 
 

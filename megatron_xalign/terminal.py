@@ -253,10 +253,14 @@ def describe_steering(report: Mapping[str, Any], out: Path) -> str:
     ]
     for name, what in (
         ("language_rate", f"identified as {target}"), ("source_language_rate", "identified as the prompts' language"),
-        ("undetermined", "too short to tell"), ("perplexity", "perplexity, unsteered model"),
+        ("undetermined", "too short to tell"), ("script_share", f"letters of {target}'s scripts"),
+        ("perplexity", "perplexity, unsteered model"), ("context_similarity", "cosine with its prompt"),
+        ("context_similarity_others", "cosine with other prompts"),
         ("distinct_2", "different 2-grams"), ("repeated_4gram_rate", "repeated 4-grams"),
     ):  # fmt: skip
-        lines.append(f"  {what:34s}{report['unsteered'][name]:12.4g}{report['steered'][name]:12.4g}")
+        values = (report[part][name] for part in ("unsteered", "steered"))
+        cells = (f"{'-':>12s}" if value is None else f"{value:12.4g}" for value in values)
+        lines.append(f"  {what:34s}" + "".join(cells))
     for name in ("coherence", "fluency") if "judge" in report else ():
         judged = report["judge"]
         lines.append(f"  {'judge: ' + name:34s}{judged['unsteered'][name]:12.3g}{judged['steered'][name]:12.3g}")

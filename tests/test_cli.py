@@ -14,6 +14,7 @@ import pytest
 
 from megatron_xalign.cli import build_parser, main
 from megatron_xalign.formats.atomic import write_json
+from megatron_xalign.training.metrics import append_metrics
 
 VERBS = (
     "quickstart", "corpus", "tokenizer", "preprocess", "verify", "merge", "stats", "pairing",
@@ -167,6 +168,19 @@ def test_an_unforeseen_error_keeps_its_traceback(
     code, error = said(capsys, "verify", "x")
     assert code == 1
     assert "JSONDecodeError" in error
+
+
+def test_a_full_disk_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def verify(*_: object) -> None:
+        # Always full, as the other one is always empty.
+        append_metrics(Path("/dev/full"), {"step": 1})
+
+    monkeypatch.setattr("megatron_xalign.workflows.verify", verify)
+    code, error = said(capsys, "verify", "x")
+    assert code == 1
+    assert "there is no room left for /dev/full (No space left on device)" in error and "Traceback" not in error
 
 
 def test_output_that_nobody_reads_any_more_is_no_fault() -> None:

@@ -117,3 +117,13 @@ def test_how_to_build_transformer_engine_names_this_python_and_core(found: dict[
     (item,) = [item for item in found["optional"] if item["name"] == "Transformer Engine"]
     how = item.get("how", "CUDNN_PATH=/site-packages/nvidia/cudnn")
     assert "CUDNN_PATH=/" in how and "{" not in how
+
+
+def test_a_part_that_is_missing_in_a_package_that_is_there_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert "apex.optimizers" in doctor._try("apex.optimizers", "apex", "speed", "build it")["error"]
+    assert doctor._try("not_there.at_all", "x", "speed", "build it")["error"] == "not installed"

@@ -74,6 +74,14 @@ srun -l bash -c "torchrun --nproc-per-node 1 $CMD"
 """
 
 
+@pytest.mark.parametrize(
+    ("given", "split"), [("99,1,0", "99,1,0"), ("'99,1,0'", "99,1,0"), ("90,10", "90,10,0"), ("100", "100,0,0")]
+)
+def test_proportions_are_read_as_megatron_reads_them(given: str, split: str) -> None:
+    words = f"torchrun pretrain_gpt.py --num-layers 2 --hidden-size 8 --num-attention-heads 1 --split \"{given}\""
+    assert translate(words).tree["data"]["split"] == split
+
+
 def test_arrays_and_arithmetic_become_settings() -> None:
     done = translate(ARRAYS, {"1": "runs/llama"})
     tree = done.tree

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import select
@@ -113,22 +114,35 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
             print(f"xalign: {stop} The same command continues; exit code {launch.STOPPED_EARLY}.", file=sys.stderr)
         return launch.STOPPED_EARLY
     except XAlignError as error:
-        launch.report_failure(error)
-        # In a job of many processes the launcher names the first cause once; every rank saying it would bury it.
-        # A wrong setting is wrong on every rank, so under torchrun the first one says it.
-        first = os.environ.get("RANK", "0") == "0"
-        if not launch.in_worker() and (first or not isinstance(error, ConfigError)):
-            print(f"xalign: error: {error}", file=sys.stderr)
-        return 1
+        return _failed(error)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return NOBODY_READS
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = "" if error.filename is None else f" for {error.filename}"
+            return _failed(XAlignError(
+                f"there is no room left{where} ({error.strerror}). What was complete before is as it was: make room "
+                "and give the same command again."
+            ))
         launch.report_failure(error)
         if launch.in_worker():
             return 1
         traceback.print_exc()
         print("xalign: the error above is a bug or a fault of the machine, not of your input.", file=sys.stderr)
         return 1
+
+
+def _failed(error: XAlignError) -> int:
+    """Say what was wrong, once for a job; the exit code."""
+    from megatron_xalign import launch
+
+    launch.report_failure(error)
+    # In a job of many processes the launcher names the first cause once; every rank saying it would bury it.
+    # A wrong setting is wrong on every rank, so under torchrun the first one says it.
+    first = os.environ.get("RANK", "0") == "0"
+    if not launch.in_worker() and (first or not isinstance(error, ConfigError)):
+        print(f"xalign: error: {error}", file=sys.stderr)
+    return 1
 
 
 def _nobody_reads() -> bool:

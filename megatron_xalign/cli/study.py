@@ -53,18 +53,44 @@ def _analyze(options: argparse.Namespace) -> int:
     return 0
 
 
+_REPORT_EXAMPLES = """
+examples:
+  xalign report runs/p0 runs/p05 --out report          trained runs, one per fraction or seed
+  xalign report probed/llama probed/qwen --out page    what `xalign capture` made of models trained elsewhere
+
+Run `xalign analyze` on every folder first.
+"""
+
+
 def _add_report(verbs: Any) -> None:
-    parser = verb(verbs, "report", "draw a series of runs on one self-contained page", _report)
-    parser.add_argument("run", type=Path, nargs="+", help="analyzed run folders, one per fraction")
+    parser = verb(
+        verbs, "report", "draw a series of runs, or captured models, on one self-contained page", _report,
+        _REPORT_EXAMPLES,
+    )
+    parser.add_argument("run", type=Path, nargs="+", help="analyzed run folders, or folders of `xalign capture`")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write (default: report)")
-    parser.add_argument("--title", default="Parallel data and cross-lingual alignment", help="heading of the page")
-    parser.add_argument("--corpus", type=Path, default=None, help="corpus folder, for its licences and counts")
+    parser.add_argument("--title", default=None, help="heading of the page")
+    parser.add_argument("--corpus", type=Path, default=None, help="corpus folder of runs, for its licences and counts")
 
 
 def _report(options: argparse.Namespace) -> int:
     from megatron_xalign import workflows
+    from megatron_xalign.errors import ConfigError
+    from megatron_xalign.report.models import is_captured
 
-    print(workflows.report(options.run, options.out, title=options.title, corpus=options.corpus))
+    captured = [folder for folder in options.run if is_captured(folder)]
+    if captured and len(captured) < len(options.run):
+        trained = next(folder for folder in options.run if folder not in captured)
+        raise ConfigError(
+            f"{captured[0]} holds a captured model and {trained} a trained run; they go on pages of their own. To put "
+            f"the run's checkpoint beside other models, capture it: xalign capture {trained} --probe PROBE --out FOLDER"
+        )
+    if captured and options.corpus is not None:
+        raise ConfigError("--corpus is about the text of trained runs; leave it out for captured models.")
+    if captured:
+        print(workflows.report_models(options.run, options.out, title=options.title))
+    else:
+        print(workflows.report(options.run, options.out, title=options.title, corpus=options.corpus))
     return 0
 
 

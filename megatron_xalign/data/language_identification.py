@@ -141,6 +141,23 @@ def letter_widths(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     return counts[:, FIRST_SCRIPT:] * widths_S
 
 
+def script_shares(texts: Sequence[str], language: str) -> NDArray[np.float64] | None:
+    """Share of each text's letters that are of a script the language is written in; None if the code does not tell.
+
+    Characters count one each, whatever they stand for; white space, marks, digits and punctuation are no letters.
+
+    Returns:
+        float64 [N]; NaN for a text without letters.
+    """
+    scripts = scripts_of(language)
+    if scripts is None:
+        return None
+    letters_NS = count_characters(list(texts))[:, FIRST_SCRIPT:].astype(np.float64)
+    total_N = letters_NS.sum(axis=1)
+    own_N = letters_NS[:, [script in scripts for script in SCRIPTS]].sum(axis=1)
+    return np.divide(own_N, total_N, out=np.full(len(texts), np.nan), where=total_N > 0)
+
+
 class LanguageChecker:
     """Tells texts that are not in the language they are said to be in; counts those it cannot tell of."""
 

@@ -7,6 +7,7 @@ nothing is said about what another seed would give.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -177,7 +178,35 @@ class Explanation:
     chance: str
 
 
-def explanations(series: Series) -> list[Explanation]:
+class Measured(Protocol):
+    """What the explanations depend on."""
+
+    @property
+    def probed(self) -> list[str]:
+        """Languages the probe has sentences in."""
+        ...
+
+    @property
+    def num_pairs(self) -> int:
+        """Probe sentences per language."""
+        ...
+
+    @property
+    def chance(self) -> float:
+        """Retrieval by chance."""
+        ...
+
+    @property
+    def debiased_cka(self) -> bool:
+        """Whether CKA is the debiased one."""
+        ...
+
+    def has(self, measure: str) -> bool:
+        """Whether a measure is there."""
+        ...
+
+
+def explanations(series: Measured) -> list[Explanation]:
     """What every measure in the report means, and what chance alone gives."""
     share = percent(1 / len(series.probed), 0)
     known = {

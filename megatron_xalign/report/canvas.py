@@ -33,10 +33,10 @@ HOVER = "hover:"
 """Begins the name of a line whose points tell their values under the pointer; what follows is its label."""
 
 INK, MUTED, GRID = "#1d232a", "#5a6572", "#d5dae0"
-_FIXED = {"ink": (INK, "#e8ecf1"), "muted": (MUTED, "#a3aebb"), "grid": (GRID, "#343c46")}
+FIXED_VARIABLES = {"ink": (INK, "#e8ecf1"), "muted": (MUTED, "#a3aebb"), "grid": (GRID, "#343c46")}
 
 # After Okabe and Ito, made to be told apart with any colour vision; the second of each pair is for dark pages.
-_LANGUAGES = (
+LANGUAGE_COLORS = (
     ("#0072b2", "#4fa9e6"), ("#d55e00", "#ff8c42"), ("#009e73", "#2fcf9f"), ("#cc79a7", "#e59cc5"),
     ("#b58900", "#e5bd4a"), ("#56b4e9", "#9bd6f7"), ("#8c564b", "#c99387"), ("#7f7f00", "#c2c24d"),
 )  # fmt: skip
@@ -123,8 +123,8 @@ def build_palette(fractions: Sequence[float], languages: Sequence[str]) -> Palet
     for index, fraction in enumerate(positive):
         place = index / (len(positive) - 1) if len(positive) > 1 else 1.0
         ramp[fraction] = (_viridis(_LIGHT_RAMP, place), _viridis(_DARK_RAMP, place))
-    colors = {code: _LANGUAGES[index % len(_LANGUAGES)] for index, code in enumerate(languages)}
-    variables = dict(_FIXED)
+    colors = {code: LANGUAGE_COLORS[index % len(LANGUAGE_COLORS)] for index, code in enumerate(languages)}
+    variables = dict(FIXED_VARIABLES)
     for index, fraction in enumerate(sorted(ramp)):
         variables[f"f{index}"] = ramp[fraction]
     for index, pair in enumerate(dict.fromkeys(colors.values())):

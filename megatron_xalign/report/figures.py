@@ -279,7 +279,7 @@ def projections(series: Series, palette: Palette) -> Picture | None:
             points, ratio = coordinates[layer + 1], explained[layer + 1]
             silhouette = run.at("silhouette", layer, "", series.step)
             panels.append(Panel(f"{run.label} · {_short_layer(layer)}", projection_panel(
-                series, palette, points, ratio, languages, silhouette)))  # fmt: skip
+                series.languages, palette, points, ratio, languages, silhouette)))  # fmt: skip
             records += [
                 (run.name, run.fraction, series.step, layer, document, series.languages[code], float(x), float(y))
                 for document, (code, (x, y)) in enumerate(zip(languages.tolist(), points, strict=True))

@@ -1,4 +1,4 @@
-"""One self-contained page about a series of runs, and every figure beside it as PNG, PDF and CSV.
+"""One self-contained page about a series of runs, or about captured models, and every figure as PNG, PDF and CSV.
 
 ```
 OUT/index.html        styles, figures and a small script inside, no request to anywhere
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,13 @@ from megatron_xalign import __version__
 from megatron_xalign.errors import ConfigError
 from megatron_xalign.formats.atomic import read_json, whole_folder, write_text
 from megatron_xalign.progress import progress_bar
-from megatron_xalign.report import answer, tables
-from megatron_xalign.report.canvas import build_palette, draw_panel, drawing_style, write_files
+from megatron_xalign.report import answer, models, tables
+from megatron_xalign.report.canvas import Palette, Picture, build_palette, draw_panel, drawing_style, write_files
 from megatron_xalign.report.figures import build_figures
 from megatron_xalign.report.film import build_film
+from megatron_xalign.report.model_figures import build_model_figures, build_model_palette
 from megatron_xalign.report.series import Series, read_series
-from megatron_xalign.report.wording import amount, listing, percent, thousands
+from megatron_xalign.report.wording import amount, language_name, listing, percent, thousands
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -62,29 +63,16 @@ def write_report(
         FormatError: a piece of a run is missing or unreadable, or the runs cannot be compared (see ``read_series``).
         ConfigError: matplotlib or jinja2 is not installed, or the number of runs is not 1 to 64.
     """
-    template = _template()
+    template = _template("page.html")
     series = read_series([Path(folder) for folder in run_folders], controls)
     corpus_facts = None
     if corpus is not None:
         corpus_facts = read_json(corpus / "corpus.json" if corpus.is_dir() else corpus)
     palette = build_palette([run.fraction for run in series.runs], series.languages)
-    out = Path(out)
-    with drawing_style(), whole_folder(out / "figures") as folder:
-        pictures = build_figures(series, palette)
-        drawn = {}
-        with progress_bar(len(pictures), "report", " figures") as bar:
-            for name, picture in pictures.items():
-                write_files(picture, folder)
-                drawn[name] = [draw_panel(panel, picture, index, palette) for index, panel in enumerate(picture.panels)]
-                bar.update(1)
-    script = _file("page.js")
+    pictures, drawn = _draw(lambda: build_figures(series, palette), palette, Path(out))
     page = template.render(
-        title=title,
+        **_common(title, pictures, drawn, palette),
         series=series,
-        pictures=pictures,
-        drawn=drawn,
-        palette=palette,
-        style=_file("page.css"),
         answer=answer.answer(series),
         languages=answer.languages_in_words(series),
         explanations=answer.explanations(series),
@@ -98,14 +86,79 @@ def write_report(
         vocabulary=tables.vocabulary_table(series),
         evaluation=tables.evaluation_table(series),
         film=build_film(series, palette),
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),
         fractions=listing(dict.fromkeys(percent(run.fraction, digits=None) for run in series.runs)),
         tokens=" / ".join(dict.fromkeys(amount(count) for count in series.tokens)),
-        thousands=thousands,
-        version=__version__,
-        now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+    return _write(page, Path(out))
+
+
+def write_model_report(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    title: str = "Cross-lingual alignment of language models",
+    commands: Sequence[str] = (),
+) -> Path:
+    """Write a page about captured models, which were not trained here.
+
+    Args:
+        folders: 1 to 8 folders of ``xalign capture`` with ``analysis/`` inside, in the order of the page.
+        out: folder to write; ``out/figures`` is replaced, other files in it stay.
+        title: heading of the page.
+        commands: what to type to make all of this again, one line each.
+
+    Returns:
+        ``out/index.html``, the last file written.
+
+    Raises:
+        FormatError: a model was not analysed or was captured with another probe (see ``models.read_models``).
+        ConfigError: matplotlib or jinja2 is not installed, or the number of models is not 1 to 8.
+    """
+    template = _template("models.html")
+    found = models.read_models(folders)
+    palette = build_model_palette(found)
+    pictures, drawn = _draw(lambda: build_model_figures(found, palette), palette, Path(out))
+    page = template.render(
+        **_common(title, pictures, drawn, palette),
+        models=found,
+        languages=listing(language_name(code) for code in found.languages),
+        summary=models.summary(found),
+        notes=models.notes(found),
+        explanations=answer.explanations(found),
+        tables=models,
+        commands=list(commands),
+    )
+    return _write(page, Path(out))
+
+
+def _draw(
+    build: Callable[[], dict[str, Picture]], palette: Palette, out: Path
+) -> tuple[dict[str, Picture], dict[str, list[str]]]:
+    """Draw every figure into files, and every panel for the page."""
+    with drawing_style(), whole_folder(out / "figures") as folder:
+        pictures, drawn = build(), {}
+        with progress_bar(len(pictures), "report", " figures") as bar:
+            for name, picture in pictures.items():
+                write_files(picture, folder)
+                drawn[name] = [draw_panel(panel, picture, index, palette) for index, panel in enumerate(picture.panels)]
+                bar.update(1)
+    return pictures, drawn
+
+
+def _common(
+    title: str, pictures: Mapping[str, Picture], drawn: Mapping[str, list[str]], palette: Palette
+) -> dict[str, Any]:
+    """What every page needs."""
+    script = _file("page.js")
+    return {
+        "title": title, "pictures": pictures, "drawn": drawn, "palette": palette, "style": _file("page.css"),
+        "script": script,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii"),
+        "thousands": thousands, "version": __version__, "now": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }  # fmt: skip
+
+
+def _write(page: str, out: Path) -> Path:
     write_text(out / "index.html", page)
     return out / "index.html"
 
@@ -138,7 +191,7 @@ def _file(name: str) -> str:
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
-def _template() -> Template:
+def _template(name: str) -> Template:
     try:
         import jinja2
     except ImportError:
@@ -146,6 +199,8 @@ def _template() -> Template:
             "the report needs jinja2, which is not installed: pip install 'megatron-xalign[report]'"
         ) from None
     environment: Any = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    return environment.from_string(_file("page.html"))
+    template: Template = environment.get_template(name)
+    return template

@@ -93,7 +93,7 @@ def survival_panel(
 
 
 def projection_panel(
-    series: Series,
+    codes: Sequence[str],
     palette: Palette,
     points: np.ndarray,
     ratio: np.ndarray,
@@ -101,7 +101,7 @@ def projection_panel(
     silhouette: Row | None,
 ) -> Draw:
     def draw(axes: Axes) -> None:
-        for index, language in enumerate(series.languages):
+        for index, language in enumerate(codes):
             own = points[languages == index][:MAX_POINTS]
             axes.plot(
                 own[:, 0], own[:, 1], linestyle="", marker="o", markersize=3.2, markeredgewidth=0, alpha=0.6,

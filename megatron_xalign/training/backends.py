@@ -90,10 +90,11 @@ def look(local_rank: int = 0) -> Found:
     for name, (module, package, _) in _LIBRARIES.items():
         try:
             importlib.import_module(module)
-        except (ImportError, OSError, RuntimeError, AttributeError) as error:
-            problems[name] = (
-                "not installed" if isinstance(error, ModuleNotFoundError) else str(error).strip().splitlines()[0]
-            )
+        except Exception as error:
+            # Whatever a package built for another torch or driver raises.
+            is_absent = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            problems[name] = "not installed" if is_absent else said[0]
             continue
         try:
             versions[name] = importlib.metadata.version(package)

@@ -236,10 +236,13 @@ def _copied(request: Any) -> list[Any]:
 def _removed_on_failure(partial: Path, ranks: Ranks) -> Iterator[None]:
     try:
         yield
-    except CheckpointError:
+    except CheckpointError as error:
+        # A disk that is full looks like anything in what the libraries say. Before its part is removed again:
+        free = shutil.disk_usage(partial.parent).free / 1e6
         if ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise
+        what = str(error).rstrip(".")
+        raise CheckpointError(f"{what}. On that disk {free:,.1f} MB were free. Earlier checkpoints stay.") from error
 
 
 def load_checkpoint(

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_xalign.batch import context_chunks
+from megatron_xalign.training.fused import RootMeanSquareNorm
 
 
 class Norm(torch.nn.Module):
@@ -48,6 +49,9 @@ class Norm(torch.nn.Module):
 
     def forward(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
         """Normalise the last axis."""
+        if self.weight is not None and hidden_SBH.device.type == "cpu":
+            normed: torch.Tensor = RootMeanSquareNorm.apply(hidden_SBH, self.weight, self.eps)
+            return normed
         single = hidden_SBH.float()
         if self.weight is None:
             return functional.layer_norm(single, (self.hidden_size,), None, None, self.eps).type_as(hidden_SBH)
@@ -121,11 +125,10 @@ class CausalAttention(torch.nn.Module):
             length *= self.context_size
             rows = list(context_chunks(length, group.rank(), self.context_size))
             key_SBGD, value_SBGD = _GatherSequence.apply(torch.cat([key_SBGD, value_SBGD], -1), group).chunk(2, -1)
-        repeats = query_SBND.shape[2] // key_SBGD.shape[2]
-        if repeats > 1:
-            key_SBGD = key_SBGD.repeat_interleave(repeats, dim=2)
-            value_SBGD = value_SBGD.repeat_interleave(repeats, dim=2)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query_SBND, key_SBGD, value_SBGD))
+        repeats = query.shape[1] // key.shape[1]
+        if repeats > 1:
+            key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
         out = [
             self._attend(piece, key[:, :, : where.stop], value[:, :, : where.stop], where, attention_mask)
             for piece, where in zip(query.chunk(len(rows), dim=2), rows, strict=True)

@@ -159,11 +159,18 @@ def readable(line: Mapping[str, Any], train_steps: int) -> str:
 
 
 def append_metrics(path: Path, line: Mapping[str, Any]) -> None:
-    """Add one line to ``metrics.jsonl`` and hand it to the operating system at once."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Add one line to ``metrics.jsonl`` and hand it to the operating system at once.
+
+    Raises:
+        OSError: it cannot be written; the error names the file.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def truncate_metrics(path: Path, step: int) -> None:

@@ -16,12 +16,23 @@ from megatron_xalign.errors import ConfigError
 from megatron_xalign.platform import WEIGHT_GRADIENT_KERNELS
 from megatron_xalign.topology import Ranks
 from megatron_xalign.training import precision
-from megatron_xalign.training.backends import PLAIN, Choice, attention_class, final_norm, te_layer_spec, with_own_fp8
+from megatron_xalign.training.backends import (
+    PLAIN,
+    Choice,
+    attention_class,
+    final_norm,
+    mlp_submodules,
+    te_layer_spec,
+    with_own_fp8,
+)
 from megatron_xalign.training.cross_entropy import use_whole_vocabulary
 from megatron_xalign.training.fp8_linear import enable_fp8
+from megatron_xalign.training.fused import SwiGLU
 from megatron_xalign.training.initial_weights import initialize
 from megatron_xalign.training.layers import CausalAttention, Norm
 from megatron_xalign.training.positions import place_tokens
+from megatron_xalign.training.rotating import rotating_attention
+from megatron_xalign.training.whole_matrices import use_whole_matrices
 from megatron_xalign.training.z_loss import add_z_loss
 
 Recompute = Literal["none", "selective", "full"]
@@ -103,6 +114,9 @@ def transformer_config(
         # same two processes. Megatron-LM sets the same for interleaved schedules.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     settings |= _recompute_settings(config, parallel, recompute, training or TrainingConfig())
+    if choice.layers == "local":
+        # Megatron's name for an activation that the layer specification brings: ours.
+        settings["use_te_activation_func"] = True
     if choice.layers == "te":
         # Our own FP8 is no setting of Megatron's.
         settings |= precision.megatron_settings(choice.fp8)
@@ -244,6 +258,8 @@ def build_model(
             _mask_padding(model, vocab_size, ranks)
         if is_last and ranks.tensor_size == 1:
             use_whole_vocabulary(model)
+        if ranks.tensor_size == 1 and ranks.device.type == "cpu":
+            use_whole_matrices(model)
         if is_last and training is not None and training.z_loss_coefficient:
             add_z_loss(model, training.z_loss_coefficient, ranks)
         if choice.fp8 is not None and choice.layers == "local":
@@ -288,6 +304,8 @@ def _layer_spec(config: ModelConfig, choice: Choice) -> Any:
     spec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     spec.submodules.input_layernorm = Norm
     spec.submodules.pre_mlp_layernorm = Norm
+    mlp_submodules(spec).activation_func = SwiGLU
+    spec.submodules.self_attention.module = rotating_attention()
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = attention_class(choice, CausalAttention)
     if config.qk_layernorm:

@@ -41,9 +41,13 @@ class Tracker:
         """Nothing."""
 
     def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Send a logged step, and the scores of one that was probed."""
-        if "loss" in metrics or "scores" in metrics:
-            self._try(lambda: self._send(step, dict(flat(metrics))))
+        """Send a logged step, and the scores of one that was probed; before the first those of the untrained model."""
+        numbers = dict(metrics)
+        at_start = numbers.pop("scores_at_start", None)
+        if at_start:
+            self._try(lambda: self._send(0, dict(flat({"scores": at_start}))))
+        if "loss" in numbers or "scores" in numbers:
+            self._try(lambda: self._send(step, dict(flat(numbers))))
 
     def after_save(self, step: int, path: Path) -> None:
         """Nothing."""

@@ -27,6 +27,7 @@ from megatron_xalign.workflows.study import (
     is_analysed,
     outcome,
     report,
+    report_models,
 )
 from megatron_xalign.workflows.tokens import (
     corpus_files,
@@ -91,6 +92,7 @@ __all__ = [
     "preprocess_with_datatrove",
     "registry_packages",
     "report",
+    "report_models",
     "stated_model",
     "steer",
     "token_statistics",

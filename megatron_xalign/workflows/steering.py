@@ -178,6 +178,7 @@ class _Job:
         import numpy as np
 
         from megatron_xalign.analysis import generation
+        from megatron_xalign.data.language_identification import script_shares
         from megatron_xalign.steering.generation import Sampling, generate
         from megatron_xalign.steering.models import Steering, continuation_loss
 
@@ -201,11 +202,17 @@ class _Job:
         repeated = generation.repeated_ngram_rate(made)
         score = generation.SteeringScore(rate, nll, repeated, nll if plain_nll is None else plain_nll)
         bytes_made = sum(len(text.encode("utf-8")) for text in texts)
+        shares = script_shares(texts, options.target)
+        context = context_similarity(self.model, tokens, made, options.batch_size)
+        with_letters = shares[~np.isnan(shares)] if shares is not None else np.zeros(0)
         report = {
             "language_rate": rate,
             "source_language_rate": float(np.mean([one.language == options.source for one in found])),
             "undetermined": sum(not one.determined for one in found),
             "mean_language_share": float(np.mean([one.share for one in found])),
+            "script_share": float(with_letters.mean()) if len(with_letters) else None,
+            "context_similarity": context[0] if context else None,
+            "context_similarity_others": context[1] if context else None,
             "mean_characters": float(np.mean([len(text) for text in texts])),
             "nll_per_token": nll,
             "perplexity": float(np.exp(min(nll, 700.0))),
@@ -217,6 +224,26 @@ class _Job:
             "value": score.value,
         }
         return _Made(texts, report, score)
+
+
+def context_similarity(
+    model: Any, prompts: Sequence[Sequence[int]], made: Sequence[Sequence[int]], batch_size: int
+) -> tuple[float, float] | None:
+    """Whether continuations are about what their prompts are about, as the model sees each text by itself.
+
+    Returns:
+        Mean cosine of a continuation's mean state in the middle layer with its own prompt's, and with all other
+        prompts'; None where there are no others.
+    """
+    from megatron_xalign.analysis.similarity import cosine
+    from megatron_xalign.steering.models import block_means
+
+    if len(prompts) < 2:
+        return None
+    middle = len(model.layers) // 2
+    prompts_DH, made_DH = (block_means(model, texts, batch_size)[:, middle] for texts in (prompts, made))
+    found = cosine(prompts_DH, made_DH)
+    return found.translation, found.random_derangement
 
 
 @contextmanager

@@ -55,6 +55,7 @@ def train(config: RunConfig) -> Path:
     from megatron_xalign.data.blend import build_blend
     from megatron_xalign.data.evaluation import build_evaluation
     from megatron_xalign.data.tokenizer import Tokenizer
+    from megatron_xalign.formats.checkpoint_folder import remove_leftovers
     from megatron_xalign.formats.token_file import check_same_tokenizer
     from megatron_xalign.training import backends, checkpoint, loop
     from megatron_xalign.training.export import HfExporter
@@ -87,6 +88,8 @@ def train(config: RunConfig) -> Path:
         vocab_size = padded_vocab_size(num_ids, config.model.make_vocab_size_divisible_by, ranks.tensor_size)
         run = RunFolder(Path(config.output_dir))
         if ranks.rank == 0:
+            # What a killed save left may be all the room there is.
+            remove_leftovers(run.checkpoints)
             layout = {
                 "world_size": ranks.world_size, "tensor_size": ranks.tensor_size,
                 "pipeline_size": ranks.pipeline_size, "data_size": ranks.data_size,

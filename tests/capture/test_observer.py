@@ -20,7 +20,7 @@ from megatron_xalign.config import CaptureConfig, DataConfig, RunConfig, SampleC
 from megatron_xalign.errors import ConfigError, FormatError, XAlignError
 from megatron_xalign.formats.neuron_samples import read_samples, samples_path
 from megatron_xalign.formats.neuron_stats import list_neuron_stats, read_neuron_stats
-from megatron_xalign.training.trackers import flat
+from megatron_xalign.training.trackers import Tracker, flat
 from megatron_xalign.workflows.training import _score_functions
 
 LANGUAGES = ("eng_Latn", "fin_Latn")
@@ -233,6 +233,16 @@ def test_scores_of_every_probe_are_those_of_the_statistics_written(tmp_path: Pat
     assert [item.get("scores", {}).keys() == lines[0].keys() - {"step", "consumed_tokens"} for item in heard] == [
         False, True, False, True,
     ]
+    # The untrained model's are told with the first step, once.
+    assert ["scores_at_start" in item for item in heard] == [True, False, False, False]
+    sent: list[tuple[int, dict[str, float]]] = []
+    tracker = Tracker("x", lambda step, numbers: sent.append((step, numbers)), lambda: None)
+    for step, item in enumerate(heard, 1):
+        tracker.after_step(step, item)
+    assert [step for step, _ in sent if sent[0][1].keys() <= _.keys()] == [0, 2, 4]
+    assert sent[0][1]["scores/cosine_gap/eng_Latn-fin_Latn/layer_02"] == (
+        lines[0]["cosine_gap"]["eng_Latn-fin_Latn"]["layers"][3]
+    )
     # Trackers take numbers by name.
     for_trackers = dict(flat({"scores": heard[-1]["scores"]}))
     assert for_trackers["scores/ap_count_0.9/fin_Latn/layer_01"] == lines[-1]["ap_count_0.9"]["fin_Latn"]["layers"][1]

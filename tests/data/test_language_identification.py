@@ -10,7 +10,13 @@ import pytest
 from megatron_xalign.data import language_identification
 from megatron_xalign.data.filters import PairFilter, PairFilters
 from megatron_xalign.data.folding import SCRIPTS, count_characters
-from megatron_xalign.data.language_identification import LanguageChecker, identifier_code, letter_widths, scripts_of
+from megatron_xalign.data.language_identification import (
+    LanguageChecker,
+    identifier_code,
+    letter_widths,
+    script_shares,
+    scripts_of,
+)
 from megatron_xalign.errors import ConfigError
 
 # Article 1 of the Universal Declaration of Human Rights, a document of the United Nations free to reproduce.
@@ -68,6 +74,15 @@ def test_every_language_of_the_identifier_has_a_code_and_a_script() -> None:
     for code in languageData.lang_codes.values():
         assert identifier_code(code) == code
         assert scripts_of(code) <= set(SCRIPTS)
+
+
+def test_shares_of_scripts_are_of_letters_alone() -> None:
+    shares = script_shares(["дом дом house", "42 - !", ARTICLE["rus_Cyrl"], "人x生カ"], "rus_Cyrl")
+    assert shares is not None
+    np.testing.assert_allclose(shares, [6 / 11, np.nan, 1.0, 0.0])
+    japanese = script_shares(["人x生カ"], "jpn_Jpan")
+    assert japanese is not None and japanese[0] == 3 / 4
+    assert script_shares(["a"], "xyz_Qaaa") is None
 
 
 @pytest.mark.parametrize("language", ARTICLE)

@@ -64,7 +64,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_changed_data_is_refused(
     shutil.rmtree(saved / "step-000008")
     manifest = tokens / "fin_Latn.manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"note": "made again"}))
+    # What a killed save leaves goes before anything is written: it may have filled the disk.
+    (saved / ".step-000008.partial").mkdir()
     refused = xalign(*train, check=False)
+    assert not (saved / ".step-000008.partial").exists()
     assert refused.returncode == 1
     assert "fin_Latn (has another content)" in refused.stderr and "allow_changed_data=true" in refused.stderr
     assert not (saved / "step-000008").exists()
@@ -96,6 +99,50 @@ def test_runs_on_one_process_and_on_two_go_back_at_the_same_steps(text: Path, tm
     assert [line["step"] for line in both] == [line["step"] for line in alone]
     assert len(alone) < 12 and alone[-1]["steps_passed_over"] == both[-1]["steps_passed_over"] > 0
     assert [line["loss"] for line in both] == pytest.approx([line["loss"] for line in alone], abs=1e-5)
+
+
+@pytest.mark.end_to_end
+def test_steps_without_a_number_are_skipped_and_counted_also_after_a_restart(text: Path, tmp_path: Path) -> None:
+    """Of two data-parallel ranks only one sees them."""
+    run = tmp_path / "run"
+
+    def train(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                str(Path(__file__).with_name("poisoned_train.py")), str(EXAMPLE),
+                *settings(text, text / "tokens", run, steps=12), *more,
+            ],
+            env={**environment(), "XALIGN_TEST_POISONED": "5,9"}, capture_output=True, text=True, timeout=600,
+        )
+
+    def files(step: int) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (run / f"checkpoints/step-{step:06d}").glob("*.distcp")}
+
+    stopped = train()
+    assert stopped.returncode == 1 and lines(run)[-1]["step"] == 4
+    assert "step 5: the gradient norm is nan" in stopped.stderr, stopped.stderr[-3000:]
+
+    # Going on from where it stopped, with another policy.
+    skip = ("--set", "training.nonfinite_policy=skip")
+    done = train(*skip)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for step in (5, 9):
+        assert f"step {step}: the loss is nan; its update is left out" in done.stderr
+    whole, last = lines(run), files(12)
+    # Of those two steps there is no loss to write down, and all others are there once.
+    assert [line["step"] for line in whole] == [1, 2, 3, 4, 6, 7, 8, 10, 11, 12]
+    assert whole[-1]["steps_passed_over"] == 2 and whole[-1]["loss"] < whole[0]["loss"]
+    assert sum(whole[-1]["tokens_by_source"].values()) == 10 * 4 * 32
+    assert last
+
+    for step in (10, 12):
+        shutil.rmtree(run / f"checkpoints/step-{step:06d}")
+    again = train(*skip)
+    assert again.returncode == 0 and "step-000008" in again.stderr, again.stderr[-3000:]
+    assert "step 9: the loss is nan" in again.stderr and "step 5: the loss is nan" not in again.stderr
+    assert lines(run) == whole
+    assert files(12) == last
 
 
 @pytest.mark.end_to_end

@@ -92,6 +92,8 @@ def test_the_strength_is_chosen_on_other_prompts_than_those_reported(work: Path,
         part = steered[name]
         assert 0 <= part["language_rate"] <= 1 and 0 < part["distinct_2"] <= 1 and part["bits_per_byte"] > 0
         assert part["perplexity"] == pytest.approx(np.exp(part["nll_per_token"]))
+        assert part["script_share"] is None or 0 <= part["script_share"] <= 1
+        assert -1 <= part["context_similarity"] <= 1 and -1 <= part["context_similarity_others"] <= 1
     assert steered["unsteered"]["nll_per_token"] != steered["steered"]["nll_per_token"]
 
 
@@ -115,6 +117,27 @@ def test_vectors_are_mean_differences_of_block_outputs(work: Path, steered: dict
         means.append(torch.stack([hidden.reshape(-1, 32).mean(0) for hidden in seen]).mean(0))
     np.testing.assert_allclose(vectors[1], (means[1] - means[0]).numpy(), atol=1e-5)
     assert steered["vectors"]["pairs"] == 9
+
+
+def test_context_is_the_cosine_of_pooled_states_of_two_texts(work: Path) -> None:
+    from megatron_xalign.steering.models import HfModel
+    from megatron_xalign.workflows.steering import context_similarity
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(work / "hf"), local_files_only=True).eval()
+    seen: list[torch.Tensor] = []
+    model.model.layers[1].register_forward_hook(
+        lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    )
+    prompts, made = [[5, 6, 7], [8], [30, 40, 50, 60]], [[9, 10], [11, 12, 13], [14]]
+    with torch.no_grad():
+        for text in (*prompts, *made):
+            model(torch.tensor([text]))
+    states = [hidden.reshape(-1, 32).mean(0) for hidden in seen]
+    cosines = torch.tensor([[torch.cosine_similarity(a, b, dim=0) for b in states[3:]] for a in states[:3]])
+    own, others = context_similarity(HfModel(model), prompts, made, batch_size=2)
+    assert own == pytest.approx(float(cosines.diagonal().mean()), abs=1e-6)
+    assert others == pytest.approx(float(cosines[~torch.eye(3, dtype=torch.bool)].mean()), abs=1e-6)
+    assert context_similarity(HfModel(model), prompts[:1], made[:1], batch_size=2) is None
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_xalign.config import RunConfig, from_tree
 from megatron_xalign.errors import ConfigError
 from megatron_xalign.training import precision
-from megatron_xalign.training.backends import Found, choose
+from megatron_xalign.training.backends import Found, choose, look
 from megatron_xalign.training.precision import Device, check, is_bf16_layer
 
 H100, B200 = Device("nvidia", "NVIDIA H100", (9, 0)), Device("nvidia", "NVIDIA B200", (10, 0))
@@ -209,3 +213,24 @@ def test_what_is_asked_for_and_not_there_is_refused(
     with pytest.raises(ConfigError) as caught:
         choose(config, Found(H100, versions, {"flash": "undefined symbol: _ZN3c10"}))
     assert said in str(caught.value)
+
+
+def test_libraries_that_break_on_import_are_as_good_as_absent_and_the_reason_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    facts = SimpleNamespace(name="NVIDIA H100", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda rank: facts)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in ("transformer_engine", "flash_attn", "apex"):
+        for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+            monkeypatch.delitem(sys.modules, module)
+    # The package called apex on the registry is another one; flash-attn was built for another torch.
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    (tmp_path / "flash_attn.py").write_text("raise ValueError")
+    found = look()
+    assert found.device == H100
+    assert found.problems["te"] == "not installed"
+    assert found.problems["flash"] == "ValueError"
+    assert "apex.optimizers" in found.problems["apex"]
