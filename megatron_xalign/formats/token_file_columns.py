@@ -209,7 +209,7 @@ class TokenFileColumns:
     def _temporary(self, stack: ExitStack) -> IO[bytes]:
         # On the disk only once it is large: a file of its own costs more than the columns of a part take. There it has
         # no name (or loses it at once), so that a killed process leaves none behind.
-        file = tempfile.SpooledTemporaryFile(_HELD_BYTES, dir=self._prefix.parent)  # noqa: SIM115 - the stack closes it
+        file = tempfile.SpooledTemporaryFile(_HELD_BYTES, dir=str(self._prefix.parent))  # noqa: SIM115 - the stack closes it
         stack.callback(_close, file)
         return file
 
