@@ -7,6 +7,9 @@ written atomically. One file of JSON lines goes in; whole process trees are meas
 get the texts in memory and drop the ids; each round they are made anew, since gigatoken remembers words and would be
 five times as fast on text it has seen. Contestants take turns; the median counts. MB is 10**6 bytes of UTF-8 text.
 
+"gigatoken by hand" is the script one writes in its place (gigatoken_by_hand.py): one process, start-up included, that
+reads the lines with the standard library's json and writes ids and lengths with NumPy; nothing is checked.
+
 `--megatron-lm` is a checkout of Megatron-LM; `--megatron-python` an interpreter that runs its tools/preprocess_data.py
 (it needs `six` and `triton` beside megatron-core and transformers). Without it the peer is left out.
 Without `--corpus` text installed on this machine is used (see installed_text.py); without `--tokenizer` a byte-level
@@ -67,6 +70,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="processes of ours and of the tool (2)")
     parser.add_argument("--rounds", type=int, default=None, help="(3; 1 with --quick)")
     parser.add_argument("--megabytes", type=float, default=None, help="of a corpus made here (150; 2 with --quick)")
+    parser.add_argument("--only-fast", action="store_true", help="leave the reference engine out, ours and alone")
     parser.add_argument("--work", type=Path, default=None, help="folder to work in, and keep (a temporary one)")
     return parser.parse_args()
 
@@ -118,14 +122,14 @@ def _contestants(
     options: argparse.Namespace, corpus: Path, tokenizer: Path, texts: Sequence[str], work: Path
 ) -> dict[str, Contestant]:
     file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
-    runs: dict[str, Contestant] = {
-        "xalign, auto": _ours(corpus, tokenizer, work / "auto", options.workers, "auto"),
-        "xalign, reference": _ours(corpus, tokenizer, work / "reference", options.workers, "reference"),
-        "tokenizers alone": _tokenizers_alone(file, texts),
-    }
+    runs: dict[str, Contestant] = {"xalign, auto": _ours(corpus, tokenizer, work / "auto", options.workers, "auto")}
+    if not options.only_fast:
+        runs["xalign, reference"] = _ours(corpus, tokenizer, work / "reference", options.workers, "reference")
+        runs["tokenizers alone"] = _tokenizers_alone(file, texts)
     gigatoken = _gigatoken_alone(file, texts)
     if gigatoken is not None:
         runs["gigatoken alone"] = gigatoken
+        runs["gigatoken by hand"] = _by_hand(corpus, file, work / "by-hand")
     if not options.quick:
         # What a job takes whatever its size is in both runs, and not in their difference.
         some = texts[: len(texts) // 4]
@@ -133,8 +137,10 @@ def _contestants(
         lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in some)
         quarter.write_text("".join(lines), encoding="utf-8")
         runs["xalign, auto, a quarter"] = _ours(quarter, tokenizer, work / "quarter", options.workers, "auto")
-        runs["tokenizers alone, a quarter"] = _tokenizers_alone(file, some)
+        if not options.only_fast:
+            runs["tokenizers alone, a quarter"] = _tokenizers_alone(file, some)
         if gigatoken is not None:
+            runs["gigatoken by hand, a quarter"] = _by_hand(quarter, file, work / "by-hand-quarter")
             runs["gigatoken alone, a quarter"] = _required(_gigatoken_alone(file, some))
     if options.megatron_lm is not None:
         runs["Megatron-LM's tool"] = _megatron(options, corpus, tokenizer, work / "megatron")
@@ -150,6 +156,13 @@ def _ours(corpus: Path, tokenizer: Path, folder: Path, workers: int, engine: str
         ],
         before=lambda: _empty(folder),
         env={"XALIGN_PROGRESS": "0"},
+    )
+
+
+def _by_hand(corpus: Path, file: Path, folder: Path) -> Command:
+    script = Path(__file__).with_name("gigatoken_by_hand.py")
+    return Command(
+        [sys.executable, str(script), str(corpus), str(file), str(folder / "text")], before=lambda: _empty(folder)
     )
 
 
@@ -237,12 +250,13 @@ def _answers(
     manifest = json.loads((work / "auto" / "text.manifest.json").read_text(encoding="utf-8"))
     engine = manifest["engine"]["name"]
     raw = "gigatoken alone" if engine == "gigatoken" else "tokenizers alone"
-    ours, reference = speed("xalign, auto"), speed("xalign, reference")
-    assert ours is not None and reference is not None
+    ours = speed("xalign, auto")
+    assert ours is not None
     hashes = {
         name: _sha256(path)
         for name, path in (
             ("auto", work / "auto" / "text.bin"), ("reference", work / "reference" / "text.bin"),
+            ("by hand", work / "by-hand" / "text.bin"),
             ("Megatron-LM", work / "megatron" / "text_text_document.bin"),
         )
         if path.exists()
@@ -262,10 +276,6 @@ def _answers(
             goal=0.8, unit=unit, better="higher",
         ),
         answer(
-            "preprocess with the reference engine, against tokenizers alone", ours=reference,
-            peer=speed("tokenizers alone"), goal=0.8, unit=unit, better="higher",
-        ),
-        answer(
             "preprocess, wall time, against Megatron-LM's tool",
             ours=text_bytes / 1e6 / costs["xalign, auto"].wall_seconds,
             peer=_wall(costs, text_bytes), goal=None, unit="MB of text per second", better="higher",
@@ -279,7 +289,30 @@ def _answers(
             goal=1000.0, unit="MB", better="lower",
         ),
     ]
+    reference = speed("xalign, reference")
+    if reference is not None:
+        answers.append(
+            answer(
+                "preprocess with the reference engine, against tokenizers alone", ours=reference,
+                peer=speed("tokenizers alone"), goal=0.8, unit=unit, better="higher",
+            )
+        )
+    by_hand = speed("gigatoken by hand")
+    if by_hand is not None:
+        answers.append(
+            answer(
+                "preprocess, end to end, against a script that uses gigatoken", ours=ours, peer=by_hand, goal=None,
+                unit=unit, better="higher",
+            )
+        )
     beyond = speed_beyond("xalign, auto")
+    if beyond is not None and by_hand is not None:
+        answers.append(
+            answer(
+                "preprocess, beyond what a job takes whatever its size, against a script that uses gigatoken",
+                ours=beyond, peer=speed_beyond("gigatoken by hand"), goal=None, unit=unit, better="higher",
+            )
+        )
     if beyond is not None:
         answers.append(
             answer(

@@ -139,7 +139,7 @@ def choose_engine(
         "built_in_texts": len(adversarial_texts(_names(tokenizer))), "reference": reference.library,
         "documents_by_reference": engine.texts_by_reference,
     }
-    engine.start_counting()
+    engine.texts_by_reference = 0
     _LOG.info(
         "text is tokenised by %s, which gave the ids of %s on all %d sampled documents",
         engine.library, reference.library, len(sample),
@@ -284,11 +284,6 @@ class GigatokenEngine:
             _LOG.warning("%s failed (%s); the reference does what it cannot", self.library, error)
         self.texts_by_reference += len(texts)
         return self._reference.encode_flat(texts)
-
-    def start_counting(self) -> None:
-        """Begin afresh after the proof, whose odd words would fill the memory that looks up the corpus' words."""
-        self.texts_by_reference = 0
-        self._renew()
 
     def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Offsets int64 [N + 1] and ids uint32 [T], as gigatoken gives them."""

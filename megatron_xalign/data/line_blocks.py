@@ -337,17 +337,23 @@ def line_blocks(
         held_bytes += len(chunk)
         if held_bytes < wanted_bytes:
             continue
-        data = b"".join(held)
-        cut = data.rfind(b"\n") + 1
+        cut = chunk.rfind(b"\n") + 1
         if cut:
-            yield from blocks(data[:cut])
-            data, wanted_bytes = data[cut:], block_bytes
+            # Nearly always the block ends in the last chunk, and its bytes are copied once.
+            data, rest = b"".join([*held[:-1], memoryview(chunk)[:cut]]), chunk[cut:]
+        else:
+            data = b"".join(held)
+            cut = data.rfind(b"\n") + 1
+            data, rest = data[:cut], data[cut:]
+        if data:
+            yield from blocks(data)
+            wanted_bytes = block_bytes
         elif held_bytes > max_line_bytes:
-            data, too_long_bytes, wanted_bytes = b"", held_bytes, block_bytes
+            rest, too_long_bytes, wanted_bytes = b"", held_bytes, block_bytes
         else:
             # One line longer than a block: look again when there is twice as much, so that the work stays linear.
             wanted_bytes = min(2 * held_bytes, max_line_bytes + 1)
-        held, held_bytes = [data] if data else [], len(data)
+        held, held_bytes = [rest] if rest else [], len(rest)
     data = b"".join(held)
     if damage is not None:
         data = data[: data.rfind(b"\n") + 1]

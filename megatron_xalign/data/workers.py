@@ -8,6 +8,7 @@ with lines of JSON. It ends when the job does, however the job ends.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import logging
 import os
@@ -279,6 +280,8 @@ def _work(work_folder: Path, parent: int, answers: IO[str]) -> int:
             last = now
             answer({"progress": progress._asdict()})
 
+    # What is loaded stays: looking for garbage among it again and again is a tenth of the start.
+    gc.disable()
     try:
         from megatron_xalign.data.job import Job
         from megatron_xalign.data.job_settings import JobSettings
@@ -291,9 +294,12 @@ def _work(work_folder: Path, parent: int, answers: IO[str]) -> int:
                 job = Job.plan(JobSettings.from_tree(task["plan"]))
                 job.prepare()
                 maker = PartMaker(job)
+                _collect_from_here()
                 answer({"planned": True})
                 continue
-            maker = maker or PartMaker(Job.load(work_folder))
+            if maker is None:
+                maker = PartMaker(Job.load(work_folder))
+                _collect_from_here()
             record = maker.make(task["part"], tell)
             answer({"record": record, "peak_memory_bytes": peak_memory_bytes()})
     except BrokenPipeError:
@@ -305,6 +311,12 @@ def _work(work_folder: Path, parent: int, answers: IO[str]) -> int:
         answer({"failed": {"kind": None, "message": "".join(traceback.format_exception(error))}})
         return 1
     return 0
+
+
+def _collect_from_here() -> None:
+    """Look for garbage among what is made from now on."""
+    gc.freeze()
+    gc.enable()
 
 
 def _end_with(parent: int) -> None:

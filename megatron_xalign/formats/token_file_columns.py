@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 # Tokens are brought to the file's width in a buffer of this many, small enough to stay in the processor's cache while
 # they are hashed and written.
 _BUFFER_TOKENS = 1 << 17
+# Of a column, before it goes to the disk.
+_HELD_BYTES = 1 << 20
 
 
 class TokenFileColumns:
@@ -205,8 +207,9 @@ class TokenFileColumns:
         self._spans.copy(self._span_languages)
 
     def _temporary(self, stack: ExitStack) -> IO[bytes]:
-        # It has no name (or loses it at once), so that a killed process leaves none behind.
-        file = tempfile.TemporaryFile(dir=self._prefix.parent)  # noqa: SIM115 - the stack closes it
+        # On the disk only once it is large: a file of its own costs more than the columns of a part take. There it has
+        # no name (or loses it at once), so that a killed process leaves none behind.
+        file = tempfile.SpooledTemporaryFile(_HELD_BYTES, dir=str(self._prefix.parent))  # noqa: SIM115 - the stack closes it
         stack.callback(_close, file)
         return file
 

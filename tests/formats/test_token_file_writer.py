@@ -365,7 +365,7 @@ def test_on_a_full_disk_the_first_error_is_told_though_closing_fails_too(
 ) -> None:
     # What is written to /dev/full stays in memory until it is flushed, which fails: columns met a full disk like that.
     full = functools.partial(Path("/dev/full").open, "w+b")
-    monkeypatch.setattr(token_file_columns.tempfile, "TemporaryFile", lambda **_: full())
+    monkeypatch.setattr(token_file_columns.tempfile, "SpooledTemporaryFile", lambda *_, **__: full())
     with pytest.raises(FormatError, match="cannot be written: the disk is full"):
         token_files.write(tmp_path / "x", token_files.documents(1, 9))
     columns = token_file_columns.TokenFileColumns(tmp_path / "x", np.dtype(np.uint16))
