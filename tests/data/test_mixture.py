@@ -76,6 +76,18 @@ def test_fraction_of_all_tokens_is_the_share_of_samples() -> None:
     assert (english + 0.4 * pairs) / (english + finnish + pairs) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("fraction_of", ["content", "all"])
+def test_pairs_may_be_of_languages_without_other_text(fraction_of: str) -> None:
+    arabic = monolingual("ara_Arab", 4_000_000)
+    made = plan(MixtureConfig(parallel_fraction=0.1, fraction_of=fraction_of), arabic, PAIRS)  # type: ignore[arg-type]
+    own, pairs = (expected_content(made, at) for at in range(2))
+    if fraction_of == "content":
+        assert pairs / (own + pairs) == pytest.approx(0.1)
+    else:
+        assert made.sources[1].expected_samples == pytest.approx(0.1 * made.num_samples)
+    assert sum(source.expected_samples for source in made.sources) == pytest.approx(made.num_samples)
+
+
 def test_add_keeps_the_monolingual_budget_and_the_run_grows() -> None:
     asked = MixtureConfig(parallel_fraction=0.2, budget_rule="add", languages=HALVES)
     made = plan(asked, ENGLISH, FINNISH, parallel(4_000_000, 6_000_000))
