@@ -123,7 +123,6 @@ class NeuronObserver:
         self._disabled = False
         self._score = score if self._capture.score_pairs else None
         self._scores: dict[str, Any] = {}
-        self._scores_at_start: dict[str, Any] = {}
         self._window_first: int | None = None
         self._sizes = batch_sizes(config.training)
         # Where a step may be passed over, what is kept before it, so that nothing of the step stays.
@@ -212,7 +211,6 @@ class NeuronObserver:
         if step == 0:
             with self._guarded("before the first step"):
                 self._write(step)
-                self._scores_at_start = numbers_by_layer(self._scores)
         kept = self._kept()
         if not kept:
             return
@@ -241,9 +239,9 @@ class NeuronObserver:
             if metrics.get("passed_over"):
                 self._leave_out(step)
             self._before, self._last_step = [], step
-            if self._scores_at_start and isinstance(metrics, MutableMapping):
-                # Nobody hears of anything before the first step.
-                metrics["scores_at_start"], self._scores_at_start = self._scores_at_start, {}
+            if step == 1 and self._scores and isinstance(metrics, MutableMapping):
+                # Of the untrained model; nobody hears of anything before the first step.
+                metrics["scores_at_start"] = numbers_by_layer(self._scores)
             if step % self._capture.probe_interval_steps == 0 or step == self._sizes.num_steps:
                 self._write(step)
                 self._window_first = None

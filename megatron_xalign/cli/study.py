@@ -79,18 +79,19 @@ def _report(options: argparse.Namespace) -> int:
     from megatron_xalign.report.models import is_captured
 
     captured = [folder for folder in options.run if is_captured(folder)]
-    if captured and len(captured) < len(options.run):
-        trained = next(folder for folder in options.run if folder not in captured)
+    trained = [folder for folder in options.run if folder.is_dir() and folder not in captured]
+    if captured and trained:
         raise ConfigError(
-            f"{captured[0]} holds a captured model and {trained} a trained run; they go on pages of their own. To put "
-            f"the run's checkpoint beside other models, capture it: xalign capture {trained} --probe PROBE --out FOLDER"
+            f"{captured[0]} holds a captured model and {trained[0]} a trained run; they go on pages of their own. To "
+            f"put a run's checkpoint beside others, capture it: xalign capture {trained[0]} --probe PROBE --out FOLDER"
         )
     if captured and options.corpus is not None:
         raise ConfigError("--corpus is about the text of trained runs; leave it out for captured models.")
+    titled = {} if options.title is None else {"title": options.title}
     if captured:
-        print(workflows.report_models(options.run, options.out, title=options.title))
+        print(workflows.report_models(options.run, options.out, **titled))
     else:
-        print(workflows.report(options.run, options.out, title=options.title, corpus=options.corpus))
+        print(workflows.report(options.run, options.out, corpus=options.corpus, **titled))
     return 0
 
 

@@ -68,7 +68,7 @@ def first_difference(reference: Encoder, other: Encoder, texts: Sequence[str]) -
     """The first text whose ids differ, None if all are equal."""
     expected_T, expected_N = reference.encode_flat(texts)
     # Some at a time, as a job does: with a special token spelt out among them, texts may take another way.
-    batches = [other.encode_flat(texts[begin : begin + _BATCH]) for begin in range(0, len(texts), _BATCH)]
+    batches = [other.encode_flat(texts[begin : begin + _BATCH]) for begin in range(0, max(len(texts), 1), _BATCH)]
     given_T, given_N = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
     if np.array_equal(expected_N, given_N) and np.array_equal(expected_T, given_T):
         return None

@@ -460,11 +460,11 @@ def _shares(
     for index in loose:
         asked[index] = brought[index]
     held = _sum(share for share, is_held in zip(asked, steered, strict=True) if is_held)
-    if not held:
+    if held:
+        shares = tuple(share / held if is_held else Fraction(0) for share, is_held in zip(asked, steered, strict=True))
+    else:
         # Parallel text of other languages is all there is: whatever steered languages share is nothing.
         shares = tuple(Fraction(is_held, max(sum(steered), 1)) for is_held in steered)
-        return shares, {code: float(share) for code, share in zip(groups.languages, asked, strict=True)}
-    shares = tuple(share / held if is_held else Fraction(0) for share, is_held in zip(asked, steered, strict=True))
     return shares, {code: float(share) for code, share in zip(groups.languages, asked, strict=True)}
 
 

@@ -101,6 +101,27 @@ class RunFolder:
         """What `xalign evaluate` measured of the checkpoints."""
         return self.analysis / "evaluation"
 
+    @property
+    def captures_path(self) -> Path:
+        """How statistics were captured of a model that was not trained here."""
+        return self.path / "capture.json"
+
+    def captures(self) -> dict[str, Any]:
+        """What ``captures_path`` tells of each step, by the name of its folder in ``neurons``.
+
+        Raises:
+            FormatError: it cannot be read, or is not what `xalign capture` writes.
+        """
+        if not self.captures_path.is_file():
+            return {}
+        content = read_json(self.captures_path)
+        captures = content.get("captures") if isinstance(content, dict) else None
+        if not isinstance(captures, dict) or not all(isinstance(entry, dict) for entry in captures.values()):
+            raise FormatError(
+                f"{self.captures_path} is not what `xalign capture` writes; capture again into a new folder."
+            )
+        return captures
+
     def config(self) -> RunConfig:
         """The resolved config of the run.
 

@@ -9,7 +9,7 @@ from megatron_xalign.formats.results import Row
 from megatron_xalign.report.canvas import FIXED_VARIABLES, HOVER, INK, LANGUAGE_COLORS, Mark, Palette, Panel, Picture
 from megatron_xalign.report.models import Model, Models
 from megatron_xalign.report.panels import projection_panel
-from megatron_xalign.report.series import RETRIEVAL
+from megatron_xalign.report.series import RETRIEVAL, projection
 from megatron_xalign.report.wording import language_name, layer_words, percent
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ Line = tuple[Model, list[tuple[int, Row]]]
 
 def build_model_palette(models: Models) -> Palette:
     """A colour for every model, and one for every language."""
-    colors = {code: LANGUAGE_COLORS[index % len(LANGUAGE_COLORS)] for index, code in enumerate(models.languages)}
+    colors = {code: LANGUAGE_COLORS[index % len(LANGUAGE_COLORS)] for index, code in enumerate(models.probed)}
     used = [*LANGUAGE_COLORS[: len(models.models)], *colors.values()]
     variables = FIXED_VARIABLES | {f"l{index}": pair for index, pair in enumerate(dict.fromkeys(used))}
     return Palette({}, {code: pair[0] for code, pair in colors.items()}, variables)
@@ -79,7 +79,7 @@ def neurons_by_depth(models: Models) -> Picture:
     panels: list[Panel] = []
     drawn: list[Line] = []
     for measure, baseline, title in (("ap_count_0.9", "ap_null_0.9", "AP at least 0.9"), ("lape_count", "", "LAPE")):
-        for code in models.languages if models.has(measure) else ():
+        for code in models.probed if models.has(measure) else ():
             lines = [(model, _shares(model, measure, code)) for model in models.models]
             dashed = [(model, _shares(model, baseline, code)) for model in models.models] if baseline else []
             panels.append(Panel(f"{title} · {language_name(code)}", _over_depth(
@@ -87,7 +87,7 @@ def neurons_by_depth(models: Models) -> Picture:
             drawn += lines + dashed
     return Picture(
         name="neurons_by_depth", title="Language-specific neurons by depth", panels=panels,
-        num_columns=max(2, min(len(models.languages), 4)),
+        num_columns=max(2, min(len(models.probed), 4)),
         legend=[*_marks(models), Mark("expected under permuted labels", INK, "dashed")], header=HEADER,
         records=_records(drawn), alt="Language-specific neurons as a share of each layer's neurons, over depth.",
         caption="Neurons of the last layer lie at depth 1. LAPE selects a fixed share of all neurons: its figures tell "
@@ -101,17 +101,17 @@ def projections(models: Models, palette: Palette) -> Picture | None:
     panels: list[Panel] = []
     records: list[tuple[Any, ...]] = []
     for model in models.models:
-        arrays = model.results.arrays
-        if not {"pca_coordinates", "pca_explained", "document_languages"} <= arrays.keys():
+        arrays = projection(model, model.step)
+        if arrays is None:
             return None
-        points_MD2, languages_D = arrays["pca_coordinates"][-1], arrays["document_languages"]
+        points_MD2, explained_M2, languages_D = arrays
         codes = list(model.results.context["languages"])
         layers = dict.fromkeys((-1, model.best_layer(models.pairs[0]), model.num_layers - 1))
         for layer in (*layers, *(-2,) * (3 - len(layers))):
             if layer == -2:
                 panels.append(Panel("", _nothing))
                 continue
-            points_D2, ratio = points_MD2[layer + 1], arrays["pca_explained"][layer + 1]
+            points_D2, ratio = points_MD2[layer + 1], explained_M2[layer + 1]
             apart = model.at("silhouette", layer, "")
             panels.append(Panel(
                 f"{model.name} · {'emb' if layer < 0 else f'layer {layer}'}",
@@ -123,7 +123,7 @@ def projections(models: Models, palette: Palette) -> Picture | None:
             ]
     return Picture(
         name="model_projections", title="Where sentences lie", panels=panels, num_columns=3,
-        legend=[Mark(language_name(code), palette.languages[code], "dot") for code in models.languages],
+        legend=[Mark(language_name(code), palette.languages[code], "dot") for code in models.probed],
         header=("model", "layer", "sentence", "language", "pc1", "pc2"), records=records,
         alt="Principal components of sentence representations, coloured by language.",
         caption="The embedding output, the layer that retrieves best, and the last layer, with axes of their own. "

@@ -6,16 +6,16 @@ output) and neurons by their share of a layer, and nothing is said about paralle
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_xalign.errors import ConfigError, FormatError
-from megatron_xalign.formats.atomic import read_json
 from megatron_xalign.formats.results import Results, Row, read_results
 from megatron_xalign.formats.run_folder import RunFolder
-from megatron_xalign.report.series import REQUIRED_MEASURES, RETRIEVAL
+from megatron_xalign.report.series import REQUIRED_MEASURES, RETRIEVAL, unique_names
 from megatron_xalign.report.tables import MISSING, Cell, Table
 from megatron_xalign.report.wording import language_name, layer_words, listing, pair_name, percent, thousands
 
@@ -38,6 +38,8 @@ class Model:
     """What ``xalign analyze`` measured."""
     rows: dict[tuple[str, int | None, str], Row] = field(repr=False)
     """Rows of that step by (measure, layer, subject)."""
+    captures: dict[str, Any]
+    """How it was captured, by step (``RunFolder.captures``)."""
 
     @property
     def num_layers(self) -> int:
@@ -77,17 +79,12 @@ class Models:
 
     models: list[Model]
     """In the order given."""
-    languages: list[str]
-    """Those the probe has sentences in."""
+    probed: list[str]
+    """Languages the probe has sentences in."""
     pairs: list[str]
     """Language pairs that were compared."""
     num_pairs: int
     """Probe sentences per language; retrieval by chance is one over this."""
-
-    @property
-    def probed(self) -> list[str]:
-        """The languages again."""
-        return self.languages
 
     @property
     def chance(self) -> float:
@@ -105,12 +102,12 @@ class Models:
 
     def pair_name(self, pair: str) -> str:
         """A pair in words."""
-        return pair_name(pair, self.languages)
+        return pair_name(pair, self.probed)
 
 
 def is_captured(folder: Path) -> bool:
     """Whether a folder holds the statistics of a model that was not trained there."""
-    return folder.is_dir() and not (folder / "config.yaml").exists()
+    return folder.is_dir() and not RunFolder(folder).config_path.exists()
 
 
 def read_models(folders: Sequence[Path]) -> Models:
@@ -123,13 +120,8 @@ def read_models(folders: Sequence[Path]) -> Models:
     if not 1 <= len(folders) <= MAX_MODELS:
         raise ConfigError(f"{len(folders)} captured models given; one page compares 1 to {MAX_MODELS}.")
     models = [_read(Path(folder)) for folder in folders]
-    names = [model.name for model in models]
-    for model in models:
-        if names.count(model.name) > 1:
-            raise FormatError(
-                f"{names.count(model.name)} models are called {model.name!r}; capture them into folders under names "
-                "of their own, or from folders that are called differently."
-            )
+    names = unique_names([(model.name, model.folder.path) for model in models])
+    models = [replace(model, name=name) for model, name in zip(models, names, strict=True)]
     first = models[0]
     for model in models[1:]:
         for key in _SHARED:
@@ -140,6 +132,11 @@ def read_models(folders: Sequence[Path]) -> Models:
                     "them with the same probe: `xalign capture MODEL --probe PROBE --out FOLDER`."
                 )
     pairs = sorted({subject for measure, _, subject in first.rows if measure == RETRIEVAL})
+    for model in models:
+        for pair in pairs:
+            if not model.by_layer(RETRIEVAL, pair):
+                again = f"run `xalign analyze {model.folder.path}` again."
+                raise FormatError(f"{model.folder.analysis} has no {RETRIEVAL} of {pair}; {again}")
     context = first.results.context
     return Models(models, list(context["probed_languages"]), pairs, int(context["num_pairs"]))
 
@@ -166,7 +163,7 @@ def _read(path: Path) -> Model:
                 f"{folder.analysis} has no {measure}; {again} again, and if it is still not there capture the model "
                 "with a probe that has the same sentences in two languages."
             )
-    return Model(str(results.context["run"]), folder, results, rows)
+    return Model(str(results.context["run"]), folder, results, rows, folder.captures())
 
 
 def summary(models: Models) -> list[str]:
@@ -245,7 +242,7 @@ def language_table(models: Models) -> Table:
     )  # fmt: skip
     for model in models.models:
         neurons = model.num_layers * int(model.results.context["ffn_hidden_size"])
-        for code in models.languages:
+        for code in models.probed:
             own = model.at("ap_count_0.9", None, code)
             table.rows.append((model.name, [
                 Cell(language_name(code), "text"),
@@ -264,11 +261,8 @@ def facts_table(models: Models) -> Table:
     """Where the models came from."""
     table = Table("The models", ["model", "class", "from", "step", "layers", "width", "neurons in a layer"])
     for model in models.models:
-        path, context = model.folder.path / "capture.json", model.results.context
-        told: dict[str, Any] = {}
-        if path.is_file():
-            captures = read_json(path).get("captures", {})
-            told = captures.get(f"step-{model.step:06d}", {}) if isinstance(captures, dict) else {}
+        context = model.results.context
+        told = model.captures.get(f"step-{model.step:06d}", {})
         table.rows.append((model.name, [
             Cell(str(told.get("kind", MISSING)), "text"),
             Cell(str(told.get("source", MISSING)), "text"),
@@ -278,6 +272,15 @@ def facts_table(models: Models) -> Table:
             Cell(thousands(int(context["ffn_hidden_size"]))),
         ]))  # fmt: skip
     return table
+
+
+def commands(models: Models) -> list[str]:
+    """What to type to have these models captured and analysed again."""
+    words = []
+    for model in models.models:
+        words += [entry.get("command", []) for entry in model.captures.values()]
+        words.append(["xalign", "analyze", model.folder.path])
+    return [shlex.join(map(str, command)) for command in words]
 
 
 def _cell(row: Row | None, write: Callable[[float], str]) -> Cell:

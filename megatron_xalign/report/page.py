@@ -97,7 +97,6 @@ def write_model_report(
     out: Path,
     *,
     title: str = "Cross-lingual alignment of language models",
-    commands: Sequence[str] = (),
 ) -> Path:
     """Write a page about captured models, which were not trained here.
 
@@ -105,7 +104,6 @@ def write_model_report(
         folders: 1 to 8 folders of ``xalign capture`` with ``analysis/`` inside, in the order of the page.
         out: folder to write; ``out/figures`` is replaced, other files in it stay.
         title: heading of the page.
-        commands: what to type to make all of this again, one line each.
 
     Returns:
         ``out/index.html``, the last file written.
@@ -121,12 +119,12 @@ def write_model_report(
     page = template.render(
         **_common(title, pictures, drawn, palette),
         models=found,
-        languages=listing(language_name(code) for code in found.languages),
+        languages=listing(language_name(code) for code in found.probed),
         summary=models.summary(found),
         notes=models.notes(found),
         explanations=answer.explanations(found),
         tables=models,
-        commands=list(commands),
+        commands=models.commands(found),
     )
     return _write(page, Path(out))
 

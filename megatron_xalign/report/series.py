@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -213,7 +213,7 @@ def read_series(folders: Sequence[Path], controls: Mapping[str, str] | None = No
     if not 1 <= len(folders) <= MAX_RUNS:
         raise ConfigError(f"{len(folders)} run folders given; one report compares 1 to {MAX_RUNS}.")
     pieces = [_read_pieces(Path(folder)) for folder in folders]
-    names = _unique_names([(piece.config.name, piece.folder.path) for piece in pieces])
+    names = unique_names([(piece.config.name, piece.folder.path) for piece in pieces])
     runs = [
         Run(
             name=name, label=_fraction_label(piece.config, (controls or {}).get(name, "")),
@@ -365,14 +365,19 @@ def _check_results(folder: RunFolder, results: Results) -> None:
             raise FormatError(f"{path} has no rows of {measure}; {again}")
 
 
-def _unique_names(runs: Sequence[tuple[str, Path]]) -> list[str]:
+def unique_names(runs: Sequence[tuple[str, Path]]) -> list[str]:
+    """Names of runs or captured models, with the folder's where two are called alike.
+
+    Raises:
+        FormatError: that does not tell them apart.
+    """
     plain = [name for name, _ in runs]
     names = [name if plain.count(name) == 1 else f"{name} ({path.name})" for name, path in runs]
     for index, name in enumerate(names):
         if name in names[:index]:
             raise FormatError(
-                f"two runs are called {name}: {runs[names.index(name)][1]} and {runs[index][1]}; "
-                "give each run folder once, under a name of its own."
+                f"two folders are called {name}: {runs[names.index(name)][1]} and {runs[index][1]}; "
+                "give each folder once, under a name of its own."
             )
     return names
 
@@ -429,7 +434,20 @@ def _check_evaluations(runs: Sequence[Run]) -> None:
             )
 
 
-def projection(run: Run, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+class _Analysed(Protocol):
+    """A run, or a captured model."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def folder(self) -> RunFolder: ...
+
+    @property
+    def results(self) -> Results: ...
+
+
+def projection(run: _Analysed, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Coordinates of every probe sentence at a step.
 
     Returns:

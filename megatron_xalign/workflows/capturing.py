@@ -15,7 +15,6 @@ from megatron_xalign.workflows.conversion import checkpoint_of
 
 log = logging.getLogger(__name__)
 
-CAPTURE_FILE = "capture.json"
 """In a folder of captured statistics: what was captured, from what, and by which command."""
 
 
@@ -61,15 +60,14 @@ def capture(
             tokenizer, parallel or ParallelConfig(),
         )
     if facts is not None:
-        path = out / CAPTURE_FILE
-        captures = read_json(path)["captures"] if path.is_file() else {}
         from megatron_xalign import __version__
 
         own = {
             "source": str(source), "probe": str(probe), "probe_file_sha256": sha256_of(probe), "version": __version__,
             "command": command_line(), **facts,
         }
-        write_json(path, {"captures": captures | {folder.name: own}})
+        run = RunFolder(out)
+        write_json(run.captures_path, {"captures": run.captures() | {folder.name: own}})
     return folder
 
 

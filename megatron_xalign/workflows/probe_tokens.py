@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xalign.errors import XAlignError
-from megatron_xalign.formats.atomic import read_json
 from megatron_xalign.formats.neuron_stats import list_neuron_stats, read_neuron_stats
 from megatron_xalign.formats.run_folder import RunFolder
-from megatron_xalign.workflows.capturing import CAPTURE_FILE, probe_sentences
+from megatron_xalign.workflows.capturing import probe_sentences
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ def _tokenizer_of(
         data = RunFolder(run).config().data
         probe, folder = Path(str(data.probe)), Path(str(data.tokenizer))
     else:
-        facts = read_json(run / CAPTURE_FILE)["captures"][captured]
+        facts = RunFolder(run).captures()[captured]
         probe, source = Path(facts["probe"]), Path(facts["source"])
         if (source / "config.json").is_file():
             from megatron_xalign.capture import hugging_face

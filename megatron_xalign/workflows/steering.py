@@ -115,14 +115,17 @@ def steer(options: SteerOptions, out: Path) -> dict[str, Any]:
             raise ConfigError(f"layers {wrong} are not of this model, whose layers are 0 to {len(model.layers) - 1}.")
         vectors_LH, made_of = _vectors(options, model, tokenizer)
         job = _Job(options, model, tokenizer, identifier, vectors_LH)
-        plain_dev = job.measure(dev, dev_tokens, None)
+        dev_states_DH, test_states_DH = (
+            middle_states(model, tokens, options.batch_size) for tokens in (dev_tokens, test_tokens)
+        )
+        plain_dev = job.measure(dev_states_DH, dev_tokens, None)
         by_strength = {
-            strength: job.measure(dev, dev_tokens, strength, plain_dev.report["nll_per_token"])
+            strength: job.measure(dev_states_DH, dev_tokens, strength, plain_dev.report["nll_per_token"])
             for strength in options.strengths
         }
         chosen = choose_strength({strength: made.score for strength, made in by_strength.items()})
-        plain = job.measure(test, test_tokens, None)
-        made = job.measure(test, test_tokens, chosen, plain.report["nll_per_token"])
+        plain = job.measure(test_states_DH, test_tokens, None)
+        made = job.measure(test_states_DH, test_tokens, chosen, plain.report["nll_per_token"])
     judged = _judge(options, test, {"unsteered": plain.texts, "steered": made.texts})
     report = {
         "format": "megatron_xalign steering", "version": 1, "xalign": __version__,
@@ -172,9 +175,9 @@ class _Job:
     vectors_LH: Any
 
     def measure(
-        self, prompts: Sequence[str], tokens: list[list[int]], strength: float | None, plain_nll: float | None = None
+        self, states_DH: Any, tokens: list[list[int]], strength: float | None, plain_nll: float | None = None
     ) -> _Made:
-        """Continue prompts, and measure what came without a judge."""
+        """Continue prompts of some ``middle_states``, and measure what came without a judge."""
         import numpy as np
 
         from megatron_xalign.analysis import generation
@@ -203,7 +206,7 @@ class _Job:
         score = generation.SteeringScore(rate, nll, repeated, nll if plain_nll is None else plain_nll)
         bytes_made = sum(len(text.encode("utf-8")) for text in texts)
         shares = script_shares(texts, options.target)
-        context = context_similarity(self.model, tokens, made, options.batch_size)
+        context = context_similarity(states_DH, middle_states(self.model, made, options.batch_size))
         with_letters = shares[~np.isnan(shares)] if shares is not None else np.zeros(0)
         report = {
             "language_rate": rate,
@@ -226,22 +229,23 @@ class _Job:
         return _Made(texts, report, score)
 
 
-def context_similarity(
-    model: Any, prompts: Sequence[Sequence[int]], made: Sequence[Sequence[int]], batch_size: int
-) -> tuple[float, float] | None:
-    """Whether continuations are about what their prompts are about, as the model sees each text by itself.
-
-    Returns:
-        Mean cosine of a continuation's mean state in the middle layer with its own prompt's, and with all other
-        prompts'; None where there are no others.
-    """
-    from megatron_xalign.analysis.similarity import cosine
+def middle_states(model: Any, texts: Sequence[Sequence[int]], batch_size: int) -> Any:
+    """float64 [D, H]: mean state of each text by itself in the middle layer of the unsteered model."""
     from megatron_xalign.steering.models import block_means
 
-    if len(prompts) < 2:
+    return block_means(model, texts, batch_size)[:, len(model.layers) // 2]
+
+
+def context_similarity(prompts_DH: Any, made_DH: Any) -> tuple[float, float] | None:
+    """Whether continuations are about what their prompts are about, by the ``middle_states`` of both.
+
+    Returns:
+        Mean cosine of a continuation with its own prompt, and with all other prompts; None where there are no others.
+    """
+    from megatron_xalign.analysis.similarity import cosine
+
+    if len(prompts_DH) < 2:
         return None
-    middle = len(model.layers) // 2
-    prompts_DH, made_DH = (block_means(model, texts, batch_size)[:, middle] for texts in (prompts, made))
     found = cosine(prompts_DH, made_DH)
     return found.translation, found.random_derangement
 

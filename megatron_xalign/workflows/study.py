@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,18 +54,13 @@ def outcome(run: Path) -> dict[str, float]:
     }
 
 
-def report_models(captures: Sequence[Path], out: Path, *, title: str | None = None) -> Path:
+def report_models(
+    captures: Sequence[Path], out: Path, *, title: str = "Cross-lingual alignment of language models"
+) -> Path:
     """Draw captured models side by side on one self-contained page; return the page."""
-    from megatron_xalign.formats.atomic import read_json
     from megatron_xalign.report.page import write_model_report
 
-    commands = []
-    for folder in captures:
-        if (folder / "capture.json").is_file():
-            told = read_json(folder / "capture.json").get("captures", {})
-            commands += [shlex.join(map(str, entry.get("command", []))) for entry in told.values()]
-        commands.append(shlex.join(["xalign", "analyze", str(folder)]))
-    return write_model_report(list(captures), out, commands=commands, **({} if title is None else {"title": title}))
+    return write_model_report(list(captures), out, title=title)
 
 
 COMPARISON = "comparison.json"
@@ -92,7 +86,7 @@ def report(
     runs: Sequence[Path],
     out: Path,
     *,
-    title: str | None = None,
+    title: str = "Parallel data and cross-lingual alignment",
     corpus: Path | None = None,
     commands: Sequence[str] | None = None,
     hf: Mapping[str, Path] | None = None,
@@ -114,6 +108,6 @@ def report(
     series = [run for run in runs if RunFolder(run).config().name not in (controls or {})]
     write_json(Path(out) / COMPARISON, _comparison(series))
     return write_report(
-        list(runs), out, claims=claims, commands=list(commands), corpus=corpus, hf=dict(hf or {}),
-        controls=dict(controls or {}), missing=dict(missing or {}), **({} if title is None else {"title": title}),
+        list(runs), out, claims=claims, title=title, commands=list(commands), corpus=corpus, hf=dict(hf or {}),
+        controls=dict(controls or {}), missing=dict(missing or {}),
     )

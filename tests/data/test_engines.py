@@ -329,6 +329,7 @@ def test_a_difference_names_text_and_ids() -> None:
 
     right = Fixed([[1, 2], [], [3, 4, 5]])
     assert first_difference(right, right, ["a", "", "b"]) is None
+    assert first_difference(Fixed([]), Fixed([]), []) is None
     found = first_difference(right, Fixed([[1, 2], [], [3, 9, 5]]), ["a", "", "b"])
     assert found is not None and (found.text, found.at, found.reference, found.other) == ("b", 1, [4, 5], [9, 5])
     # The same ids in a row, cut at another place.

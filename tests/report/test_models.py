@@ -114,7 +114,7 @@ def test_what_cannot_be_compared_is_refused(
     other = capture_of(tmp_path / "other", "other", probe_sha256="1" * 64)
     with pytest.raises(FormatError, match=r"small <b> and other cannot be compared: probe_sha256 .* same probe"):
         read_models([captures[0], other])
-    with pytest.raises(FormatError, match=r"2 models are called 'large'"):
+    with pytest.raises(FormatError, match=r"two folders are called large"):
         read_models([captures[1], captures[1]])
     with pytest.raises(FormatError, match=r"was not analysed.*xalign analyze"):
         read_models([captures[0], tmp_path])
@@ -122,6 +122,11 @@ def test_what_cannot_be_compared_is_refused(
         read_models([tmp_path / "none"])
     with pytest.raises(ConfigError, match="9 captured models"):
         read_models([captures[0]] * 9)
+    damaged = capture_of(tmp_path / "damaged", "damaged")
+    (damaged / "capture.json").write_text('{"captures": {"step-000300": 3}}', encoding="utf-8")
+    with pytest.raises(FormatError, match=r"capture\.json is not what `xalign capture` writes; capture again"):
+        write_model_report([damaged], tmp_path / "page")
+    assert not (tmp_path / "page").exists()
     lacking = capture_of(tmp_path / "lacking", "lacking")
     results = read_results(lacking / "analysis")
     kept = [row for row in results.rows if row.measure != "cka"]
@@ -143,6 +148,8 @@ def test_the_command_tells_runs_from_captured_models(
     assert re.search(r"holds a captured model and .*/run a trained run", capsys.readouterr().err)
     assert cli.main("report", [*words, "--corpus", str(tmp_path), "--out", str(tmp_path / "mixed")]) == 1
     assert "--corpus is about" in capsys.readouterr().err
+    assert cli.main("report", [*words, str(tmp_path / "none"), "--out", str(tmp_path / "mixed")]) == 1
+    assert re.search(r"/none does not exist; `xalign capture", capsys.readouterr().err)
     assert not (tmp_path / "mixed").exists()
 
 

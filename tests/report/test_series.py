@@ -155,7 +155,7 @@ def test_runs_are_evaluated_alike_or_not_at_all(make_run: MakeRun, tmp_path: Pat
 
 def test_one_folder_given_twice_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", 0.0, steps=STEPS)
-    with pytest.raises(FormatError, match="give each run folder once"):
+    with pytest.raises(FormatError, match="give each folder once"):
         read_series([run, run])
 
 

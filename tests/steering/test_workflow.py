@@ -121,7 +121,7 @@ def test_vectors_are_mean_differences_of_block_outputs(work: Path, steered: dict
 
 def test_context_is_the_cosine_of_pooled_states_of_two_texts(work: Path) -> None:
     from megatron_xalign.steering.models import HfModel
-    from megatron_xalign.workflows.steering import context_similarity
+    from megatron_xalign.workflows.steering import context_similarity, middle_states
 
     model = transformers.AutoModelForCausalLM.from_pretrained(str(work / "hf"), local_files_only=True).eval()
     seen: list[torch.Tensor] = []
@@ -134,10 +134,11 @@ def test_context_is_the_cosine_of_pooled_states_of_two_texts(work: Path) -> None
             model(torch.tensor([text]))
     states = [hidden.reshape(-1, 32).mean(0) for hidden in seen]
     cosines = torch.tensor([[torch.cosine_similarity(a, b, dim=0) for b in states[3:]] for a in states[:3]])
-    own, others = context_similarity(HfModel(model), prompts, made, batch_size=2)
+    prompts_DH, made_DH = (middle_states(HfModel(model), texts, 2) for texts in (prompts, made))
+    own, others = context_similarity(prompts_DH, made_DH)
     assert own == pytest.approx(float(cosines.diagonal().mean()), abs=1e-6)
     assert others == pytest.approx(float(cosines[~torch.eye(3, dtype=torch.bool)].mean()), abs=1e-6)
-    assert context_similarity(HfModel(model), prompts[:1], made[:1], batch_size=2) is None
+    assert context_similarity(prompts_DH[:1], made_DH[:1]) is None
 
 
 @pytest.fixture(scope="module")
