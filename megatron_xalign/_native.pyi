@@ -24,6 +24,9 @@ def pack_texts(
 def pack_json_lines(
     lines: bytes, key: bytes, separator: bytes, kinds: NDArray[np.uint8]
 ) -> tuple[bytes, NDArray[np.int64], NDArray[np.uint8]] | None: ...
+def cut_at_ends(
+    ids: NDArray[np.uint32], end: int, ranges: NDArray[np.uint32], num_known: int, narrow: bool
+) -> tuple[NDArray[np.uint16] | NDArray[np.int32], NDArray[np.int64], NDArray[np.uint8], int]: ...
 def document_keys(folding: Folding, texts: list[str], others: list[str] | None = None) -> NDArray[np.uint64]: ...
 def document_sketches(
     folding: Folding, exact: Folding, texts: list[str], others: list[str] | None = None

@@ -139,6 +139,25 @@ def test_gather_joins_pieces_of_every_token_width(dtype: str) -> None:
     np.testing.assert_array_equal(gathered, [*range(90, 100), 5, 6, 7])
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    ids=st.lists(st.sampled_from([0, 1, 2, 3, 40_000, 65_535]), max_size=400), plain=st.integers(0, 300),
+    narrow=st.booleans(),
+)
+def test_ids_are_cut_at_ends_as_numpy_finds_them(ids: list[int], plain: int, narrow: bool) -> None:
+    ids_T = np.array([50_000] * plain + ids, dtype=np.uint32)
+    ranges = np.array([[0, 0], [3, 39_999]], dtype=np.uint32)
+    tokens, lengths, marked, rest = _native.cut_at_ends(ids_T, 1, ranges, 65_536, narrow)
+    assert tokens.dtype == (np.uint16 if narrow else np.int32)
+    np.testing.assert_array_equal(tokens, ids_T)
+    ends = np.flatnonzero(ids_T == 1) + 1
+    np.testing.assert_array_equal(lengths, np.diff(ends, prepend=0))
+    pieces = np.split(ids_T, ends)
+    assert rest == pieces[-1].size
+    is_marked = [bool(((piece == 0) | ((piece >= 3) & (piece < 40_000))).any()) for piece in pieces[:-1]]
+    assert marked.tolist() == is_marked
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

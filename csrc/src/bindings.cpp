@@ -14,6 +14,7 @@
 
 #include "bindings.h"
 #include "xalign/blend.h"
+#include "xalign/ended_ids.h"
 #include "xalign/folding.h"
 #include "xalign/minhash.h"
 #include "xalign/packed_texts.h"
@@ -224,6 +225,30 @@ std::optional<py::tuple> pack_json_lines(const py::bytes& lines, std::string_vie
   return py::make_tuple(out.take(packed->size), to_array(std::move(packed->ends)), to_array(std::move(packed->kinds)));
 }
 
+template <typename Token>
+py::tuple cut_at_ends_to(const py::array& ids, std::uint32_t end, const py::array& ranges, std::uint32_t num_known) {
+  const auto* data = data_of<std::uint32_t>(ids, 1, "ids");
+  const auto* pairs = data_of<std::uint32_t>(ranges, 2, "ranges");
+  if (ranges.shape(1) != 2) throw std::invalid_argument("ranges has rows of another length than 2.");
+  static_assert(sizeof(xalign::IdRange) == 2 * sizeof(std::uint32_t), "a range is one row of two numbers");
+  const std::size_t num_ids = length_of(ids), num_ranges = length_of(ranges);
+  py::array_t<Token> tokens(static_cast<py::ssize_t>(num_ids));
+  Token* out = tokens.mutable_data();
+  xalign::EndedIds found;
+  {
+    py::gil_scoped_release free;
+    found = xalign::cut_at_ends(data, num_ids, end, reinterpret_cast<const xalign::IdRange*>(pairs), num_ranges,
+                                num_known, out);
+  }
+  return py::make_tuple(tokens, to_array(std::move(found.lengths)), to_array(std::move(found.marked)), found.rest);
+}
+
+py::tuple cut_at_ends(const py::array& ids, std::uint32_t end, const py::array& ranges, std::uint32_t num_known,
+                      bool narrow) {
+  return narrow ? cut_at_ends_to<std::uint16_t>(ids, end, ranges, num_known)
+                : cut_at_ends_to<std::int32_t>(ids, end, ranges, num_known);
+}
+
 // Two lists of one length, the second of which may be left out.
 struct Documents {
   Documents(const py::list& texts, const std::optional<py::list>& others) : first(texts) {
@@ -331,6 +356,8 @@ void define_texts(py::module_& module) {
   module.def("pack_texts", &pack_texts, py::arg("texts"), py::arg("separator"), py::arg("kinds"));
   module.def("pack_json_lines", &pack_json_lines, py::arg("lines"), py::arg("key"), py::arg("separator"),
              py::arg("kinds"));
+  module.def("cut_at_ends", &cut_at_ends, py::arg("ids"), py::arg("end"), py::arg("ranges"), py::arg("num_known"),
+             py::arg("narrow"));
   module.def("document_keys", &document_keys, py::arg("folding"), py::arg("texts"), py::arg("others") = py::none());
   module.def("document_sketches", &document_sketches, py::arg("folding"), py::arg("exact"), py::arg("texts"),
              py::arg("others") = py::none());

@@ -37,6 +37,22 @@ int decode(const unsigned char* at, const unsigned char* end, std::uint32_t& cod
   return first > 0xF4U || code_point < 0x10000U || code_point >= kCodePoints ? 0 : 4;
 }
 
+// The same for a sequence of two or three bytes that has four bytes before the end to lie in; 0 leaves it to `decode`.
+int decode_short(const unsigned char* at, std::uint32_t& code_point) {
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first byte in memory is the lowest of a number");
+  std::uint32_t four = 0;
+  std::memcpy(&four, at, 4);
+  if ((four & 0xC0E0U) == 0x80C0U) {
+    code_point = (four & 0x1FU) << 6 | (four >> 8 & 0x3FU);
+    return code_point < 0x80U ? 0 : 2;
+  }
+  if ((four & 0xC0C0F0U) == 0x8080E0U) {
+    code_point = (four & 0x0FU) << 12 | (four >> 2 & 0xFC0U) | (four >> 16 & 0x3FU);
+    return code_point < 0x800U || (code_point >= 0xD800U && code_point < 0xE000U) ? 0 : 3;
+  }
+  return 0;
+}
+
 // Writes a code point of 0x80 or more; returns how many bytes.
 int encode(std::uint32_t code_point, char* out) {
   const auto continuation = [&](int shift) { return static_cast<char>(0x80U | (code_point >> shift & 0x3FU)); };
@@ -264,7 +280,18 @@ class Lines {
         if (!escape<kept>(at, place)) return false;
         continue;
       }
-      do {
+      while (end_ - at >= 4 && *at >= 0x80) {
+        std::uint32_t code_point = 0;
+        const int size = decode_short(at, code_point);
+        if (size == 0) break;
+        if (kept) {
+          place.found |= writer_.kinds[code_point];
+          std::memcpy(place.out, at, 4);
+          place.out += size;
+        }
+        at += size;
+      }
+      while (at < end_ && *at >= 0x80) {
         std::uint32_t code_point = 0;
         const int size = decode(at, end_, code_point);
         if (size == 0) return false;
@@ -273,7 +300,7 @@ class Lines {
           for (int i = 0; i < size; ++i) place.ascii(static_cast<char>(at[i]));
         }
         at += size;
-      } while (at < end_ && *at >= 0x80);
+      }
     }
     at_ = at + 1;
     if (kept) writer_.end_text(place);

@@ -34,6 +34,7 @@ from megatron_xalign.data.tokenizer_models import (
     lone_surrogate,
 )
 from megatron_xalign.errors import ConfigError
+from megatron_xalign.formats.token_file import token_dtype
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ EngineName = Literal["reference", "gigatoken"]
 WantedEngine = Literal["auto", "reference", "gigatoken"]
 
 # gigatoken remembers every word it has met, for ever; it is built anew when that has cost so much.
-_MAX_GROWTH_BYTES = 192 << 20
+_MAX_GROWTH_BYTES = 288 << 20
 # Reading a tokenizer takes a tenth of a second; not more often than after so much text.
 _MIN_BYTES_BETWEEN = 16 << 20
 _TRIMMED = "".join(chr(code) for code in range(0x3001) if chr(code).isspace()) + "▁"
@@ -206,7 +207,10 @@ class GigatokenEngine:
         self._eod = tokenizer.eod
         special = sorted(tokenizer.model.special_ids)
         self._special_ranges = _ranges(special)
-        self._ranges_but_eod = _ranges([token for token in special if token != tokenizer.eod])
+        self._vocab_size = tokenizer.vocab_size
+        self._is_narrow = token_dtype(tokenizer.vocab_size) == np.uint16
+        but_eod = _ranges([token for token in special if token != tokenizer.eod])
+        self._ranges_but_eod = np.array(but_eod, dtype=np.uint32).reshape(-1, 2)
         self._trims = isinstance(tokenizer.model, SentencePieceModel) and tokenizer.model.trims
         self._load = _loader(gigatoken, tokenizer)
         self._process = psutil.Process()
@@ -230,10 +234,13 @@ class GigatokenEngine:
         ids_T, lengths_N = self.encode_ended(PackedTexts.of(texts, self.separator))
         is_text_T = np.ones(ids_T.size, dtype=bool)
         is_text_T[np.cumsum(lengths_N) - 1] = False
-        return ids_T[is_text_T], lengths_N - 1
+        return ids_T[is_text_T].astype(np.int32, copy=False), lengths_N - 1
 
     def encode_ended(self, texts: PackedTexts) -> FlatIds:
-        """The same of texts parted by ``separator``, in one call; each text's ids end in the end-of-document token."""
+        """The same of texts parted by ``separator``, in one call; each text's ids end in the end-of-document token.
+
+        Ids are in the width of a token file, uint16 or int32, or in int32 where the reference did some.
+        """
         if texts.kinds_N.max() & SURROGATE:
             raise lone_surrogate(texts, int(np.flatnonzero(texts.kinds_N & SURROGATE)[0]))
         self._forget_if_large(texts.num_bytes)
@@ -242,15 +249,17 @@ class GigatokenEngine:
                 ids_T = self._engine.encode(texts.data)
         except _RefusalError as error:
             return _with_ends(*self._refused(list(texts), error), [], [self._eod])
-        places_N = np.flatnonzero(ids_T == self._eod)
-        if places_N.size != len(texts) or places_N[-1] + 1 != ids_T.size:
+        try:
+            ids_T, lengths_N, is_marked_N, rest = _native.cut_at_ends(
+                ids_T, self._eod, self._ranges_but_eod, self._vocab_size, self._is_narrow
+            )
+        except ValueError as error:
+            # An id that the tokenizer does not have.
+            return _with_ends(*self._refused(list(texts), error), [], [self._eod])
+        if lengths_N.size != len(texts) or rest:
             # A text spells the token out.
             return _with_ends(*self._encode_each(list(texts)), [], [self._eod])
-        lengths_N = np.diff(places_N, prepend=-1)
-        by_reference_N = (texts.kinds_N & UNASSIGNED) != 0
-        for first, last in self._ranges_but_eod:
-            by_reference_N[np.searchsorted(places_N, _within(ids_T, first, last))] = True
-        ids_T = ids_T.view(np.int32)
+        by_reference_N = ((texts.kinds_N & UNASSIGNED) != 0) | (is_marked_N != 0)
         if by_reference_N.any():
             ids_T, lengths_N = self._corrected(texts, ids_T, lengths_N, np.flatnonzero(by_reference_N), [self._eod])
         return ids_T, lengths_N
@@ -277,7 +286,7 @@ class GigatokenEngine:
             ids_T, lengths_N = self._corrected(texts, ids_T, lengths_N, np.flatnonzero(by_reference_N), [])
         return ids_T, lengths_N
 
-    def _refused(self, texts: list[str], error: _RefusalError) -> FlatIds:
+    def _refused(self, texts: list[str], error: Exception) -> FlatIds:
         """The reference's ids of texts that gigatoken failed on."""
         if self.failure is None:
             self.failure = str(error)
@@ -287,6 +296,11 @@ class GigatokenEngine:
 
     def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Offsets int64 [N + 1] and ids uint32 [T], as gigatoken gives them."""
+        if self.separator is not None:
+            # Seldom, and not worth what a batch of gigatoken's loads in the first place: 0.2 seconds, 30 MB.
+            with _refusals():
+                rows = [self._engine.encode(text) for text in texts]
+            return np.cumsum([0, *map(len, rows)]), np.concatenate(rows)
         with _refusals():
             layout = self._engine.encode_batch(texts, parallel=False).layout
             offsets = np.asarray(layout.offsets.data, dtype=np.int64)

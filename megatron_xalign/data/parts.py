@@ -37,7 +37,7 @@ from megatron_xalign.formats.atomic import write_json
 from megatron_xalign.formats.token_file import TokenFileWriter
 
 # Large enough to keep the engine busy, small enough that stopping, memory and progress do not notice.
-_BATCH_BYTES = 1 << 20
+_BATCH_BYTES = 2 << 20
 # Languages come from the data; as part of a file's name only what cannot lead elsewhere will do.
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 _LONGEST_NAME = 60

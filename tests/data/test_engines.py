@@ -8,6 +8,7 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -254,7 +255,8 @@ class _Lying:
             raise self.error
         return self.engine.encode_batch([text.replace(self.word, "other") for text in texts], parallel=False)
 
-    def encode(self, data: bytes) -> np.ndarray:
+    def encode(self, text: str | bytes) -> np.ndarray:
+        data = text.encode() if isinstance(text, str) else text
         if self.error and self.word.encode() in data:
             raise self.error
         ids: np.ndarray = self.engine.encode(data.replace(self.word.encode(), b"other"))
@@ -293,6 +295,17 @@ def test_a_failure_keeps_it_from_being_chosen_and_later_costs_time_but_no_id(
     texts = ["a xylophone", *ALL_LINES]
     assert rows(engine.encode_flat(texts)) == oracle(tokenizers["gpt2"], texts)
     assert str(error) in caplog.text
+
+
+def test_an_id_beyond_the_vocabulary_is_a_failure_too(
+    tokenizers: dict[str, Tokenizer], caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = tokenizers["gpt2"]
+    engine = GigatokenEngine(tokenizer)
+    right = engine._engine
+    engine._engine = SimpleNamespace(encode=lambda data: right.encode(data) + np.uint32(tokenizer.vocab_size))
+    assert rows(engine.encode_flat(ALL_LINES)) == oracle(tokenizer, ALL_LINES)
+    assert engine.failure is not None and "leaves the vocabulary" in caplog.text
 
 
 def test_texts_in_one_stretch_get_the_ids_that_each_has_alone(tokenizers: dict[str, Tokenizer]) -> None:
@@ -362,4 +375,4 @@ def test_a_worker_process_gives_the_same_ids(tokenizers: dict[str, Tokenizer], m
         process = context.Process(target=_encode_in_worker, args=(tokenizers["gpt2"], name, queue))
         process.start()
         assert queue.get(timeout=120) == here
-        process.join(timeout=60)
+        process.join(timeout=300)
