@@ -2,10 +2,14 @@
 
 The same model, initial weights, batches and AdamW, one thread. What does our loop (mixture statistics, losses by
 language and source, heartbeat, logging) cost on top of Megatron-Core's schedule, DDP and optimizer; and is the whole
-slower than what one would write by hand? The first two run the same model, so that nothing but the loop differs. Each
-contestant has a process of its own, so that the one in plain PyTorch does not carry what makes Megatron-Core run on a
-CPU. They take turns, a few steps a turn; CPU seconds are counted, medians of turns compared, and their losses must
-agree.
+slower than what one would write by hand? They take turns, a few steps a turn; CPU seconds are counted, medians of turns
+compared, and their losses must agree.
+
+Two processes of one and the same program differ by several percent for as long as they live: by where their memory came
+to lie. So the first two share a process and two copies of the model, and change copies every turn: copy A gets its
+batches from ours, then from bare Megatron-Core, copy B the other way round, and both must have the same loss. The one
+in plain PyTorch has a process of its own, so that it does not carry what makes Megatron-Core run on a CPU. Both are
+started anew ``--starts`` times.
 
     python benchmarks/train_step.py [--quick] [--rounds N]
 """
@@ -20,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -40,6 +45,11 @@ MODEL = ModelConfig(num_layers=4, hidden_size=192, ffn_hidden_size=512, num_atte
 SMALL = ModelConfig(num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4)
 OPTIMIZER = OptimizerConfig(lr=1e-3, min_lr=1e-3, lr_decay_style="constant", lr_warmup_steps=0, clip_grad=1.0)
 OURS, BARE, PLAIN = "ours", "bare Megatron-Core", "transformers + PyTorch"
+MEGATRON = "Megatron-Core"
+"""The process of both that run on it."""
+Run = Callable[[int, int], float]
+"""Trains from a step on for so many steps; the mean loss of those."""
+_ALIKE_STEPS = 16
 STEPS_OF_ALL = 1_000_000
 """Length of the schedule; constant, so that it makes no difference."""
 
@@ -83,16 +93,12 @@ def build(model: ModelConfig, ranks: topology.Ranks) -> tuple[list[Any], Any]:
     return chunks, optimizer
 
 
-def our_loop(chunks: list[Any], optimizer: Any, samples: Samples, ranks: topology.Ranks, folder: Path) -> Any:
+def our_loop(chunks: list[Any], optimizer: Any, samples: Samples, ranks: topology.Ranks, folder: Path) -> Run:
     """``fit`` as ``xalign train`` calls it: losses by language and source, logging, heartbeat."""
     from megatron_xalign.training.heartbeat import Heartbeat
     from megatron_xalign.training.loop import fit
 
-    losses: list[float] = []
-    done = 0
-
-    def run(steps: int) -> list[float]:
-        nonlocal done
+    def run(done: int, steps: int) -> float:
         training = TrainingConfig(
             train_steps=done + steps, global_batch_size=GLOBAL_BATCH, micro_batch_size=MICRO_BATCH,
             log_interval_steps=steps, save_interval_steps=STEPS_OF_ALL,
@@ -103,26 +109,22 @@ def our_loop(chunks: list[Any], optimizer: Any, samples: Samples, ranks: topolog
             flops_per_token=1.0, start_step=done, current_batch=CurrentBatch(),
             heartbeat=Heartbeat(ranks, 1e9, 5.0, print),
         )
-        done += steps
-        losses.append(line["loss"])
-        return losses
+        loss: float = line["loss"]
+        return loss
 
     return run
 
 
-def bare_core(chunks: list[Any], optimizer: Any, samples: Samples, ranks: topology.Ranks) -> Any:
+def bare_core(chunks: list[Any], optimizer: Any, samples: Samples) -> Run:
     """Megatron-Core's schedule, gradient finalization, optimizer and scheduler, as its own examples call them."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import get_model_config
 
-    losses: list[float] = []
-    done = 0
-    get_model_config(chunks[0]).finalize_model_grads_func = finalize_model_grads
     schedule = get_forward_backward_func()
 
-    def run(steps: int) -> list[float]:
-        nonlocal done
+    def run(done: int, steps: int) -> float:
+        get_model_config(chunks[0]).finalize_model_grads_func = finalize_model_grads
         chunks[0].train()
         total = count = 0.0
         for step in range(done, done + steps):
@@ -151,14 +153,12 @@ def bare_core(chunks: list[Any], optimizer: Any, samples: Samples, ranks: topolo
             optimizer.scheduler.step(increment=1)
             total += sum(float(item["sum"]) for item in found)
             count += sum(float(item["tokens"]) for item in found)
-        done += steps
-        losses.append(total / count)
-        return losses
+        return total / count
 
     return run
 
 
-def plain_torch(model: ModelConfig, weights: dict[str, Any], samples: Samples) -> Any:
+def plain_torch(model: ModelConfig, weights: dict[str, Any], samples: Samples) -> Run:
     """transformers' Llama with the same weights, AdamW and clipping, accumulation by hand."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -178,11 +178,7 @@ def plain_torch(model: ModelConfig, weights: dict[str, Any], samples: Samples) -
         [{"params": decayed, "weight_decay": OPTIMIZER.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=OPTIMIZER.lr, betas=(OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2), eps=OPTIMIZER.adam_eps,
     )
-    losses: list[float] = []
-    done = 0
-
-    def run(steps: int) -> list[float]:
-        nonlocal done
+    def run(done: int, steps: int) -> float:
         total = 0.0
         for step in range(done, done + steps):
             adam.zero_grad()
@@ -194,9 +190,7 @@ def plain_torch(model: ModelConfig, weights: dict[str, Any], samples: Samples) -
                 total += float(loss.detach())
             torch.nn.utils.clip_grad_norm_(network.parameters(), OPTIMIZER.clip_grad)
             adam.step()
-        done += steps
-        losses.append(total / (steps * GLOBAL_BATCH * LENGTH))
-        return losses
+        return total / (steps * GLOBAL_BATCH * LENGTH)
 
     return run
 
@@ -228,41 +222,48 @@ def hugging_face_weights(model: ModelConfig, chunk: Any) -> dict[str, Any]:
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
-def play(contestant: str, model: ModelConfig, folder: Path) -> None:
-    """Be one contestant: train as many steps as each line of standard input says, and print what they took."""
+def play(process: str, model: ModelConfig, folder: Path) -> None:
+    """Be one of the processes: train as many steps as each line of standard input says; print what each loop took."""
     import torch
 
     torch.set_num_threads(1)
     samples = Samples(4)
     with ExitStack() as stack:
-        if contestant == PLAIN:
+        if process == PLAIN:
             from safetensors.torch import load_file
 
-            run = plain_torch(model, load_file(folder / "weights.safetensors"), samples)
+            copies = [{PLAIN: plain_torch(model, load_file(folder / "weights.safetensors"), samples)}]
         else:
             from safetensors.torch import save_file
 
             ranks = stack.enter_context(topology.start(ParallelConfig(), SEED))
-            chunks, optimizer = build(model, ranks)
-            if contestant == BARE:
-                run = bare_core(chunks, optimizer, samples, ranks)
-                save_file(hugging_face_weights(model, chunks[0]), folder / "weights.safetensors")
-            else:
-                run = our_loop(chunks, optimizer, samples, ranks, folder)
+            copies = []
+            for _ in range(2):
+                chunks, optimizer = build(model, ranks)
+                copies.append({
+                    OURS: our_loop(chunks, optimizer, samples, ranks, folder),
+                    BARE: bare_core(chunks, optimizer, samples),
+                })
+            save_file(hugging_face_weights(model, chunks[0]), folder / "weights.safetensors")
+        names = list(copies[0])
+        done = turn = 0
         print(json.dumps({"ready": True}), flush=True)
         for line in sys.stdin:
-            cpu, wall = time.process_time(), time.perf_counter()
-            losses = run(int(line))
-            print(
-                json.dumps({
-                    "cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, "loss": losses[-1],
-                }),
-                flush=True,
-            )
+            steps = int(line)
+            costs = {}
+            # Who has which copy changes every turn, who begins every other turn.
+            for place, name in list(enumerate(names))[:: -1 if turn // 2 % 2 else 1]:
+                cpu, wall = time.process_time(), time.perf_counter()
+                loss = copies[(place + turn) % len(copies)][name](done, steps)
+                costs[name] = {
+                    "cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall, "loss": loss,
+                }
+            done, turn = done + steps, turn + 1
+            print(json.dumps(costs), flush=True)
 
 
 class Player:
-    """A contestant in a process of its own."""
+    """A process with one or two contestants."""
 
     def __init__(self, name: str, small: bool, folder: Path) -> None:
         self.name = name
@@ -272,18 +273,18 @@ class Player:
         )
         self._answer()
 
-    def run(self, steps: int) -> dict[str, float]:
-        """Let it train so many steps; what they took, and their mean loss."""
+    def run(self, steps: int) -> dict[str, dict[str, float]]:
+        """Let its contestants train so many steps each; what they took, and their mean loss."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
         return self._answer()
 
-    def _answer(self) -> dict[str, float]:
+    def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("{"):
-                found: dict[str, float] = json.loads(line)
+                found: dict[str, Any] = json.loads(line)
                 return found
         raise SystemExit(f"{self.name} ended with exit code {self._process.wait()}.")
 
@@ -298,9 +299,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="the small model of --quick, as many turns as asked")
     parser.add_argument("--quick", action="store_true", help="a small model and few steps: shows that it runs")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant")
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each contestant after each start")
+    parser.add_argument("--starts", type=int, default=3, help="how often all processes are started anew")
     parser.add_argument("--steps", type=int, help="steps of a turn; left out, 2, and 8 of the small model")
-    parser.add_argument("--play", choices=(OURS, BARE, PLAIN), help=argparse.SUPPRESS)
+    parser.add_argument("--play", choices=(MEGATRON, PLAIN), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     small = options.small or options.quick
@@ -309,27 +311,29 @@ def main() -> None:
         return
     # A turn of ours is a whole run, whose beginning and end should not count as much as its steps.
     rounds, steps = (2, 1) if options.quick else (options.rounds, options.steps or (8 if small else 2))
-    names = [OURS, BARE]
+    names, processes = [OURS, BARE], [MEGATRON]
     if importlib.util.find_spec("transformers") is not None:
         names.append(PLAIN)
+        processes.append(PLAIN)
     else:
         print("transformers is not installed; left out: pip install 'megatron-xalign[convert]'")
 
     cpu: dict[str, list[float]] = {name: [] for name in names}
     wall: dict[str, list[float]] = {name: [] for name in names}
     losses: dict[str, list[float]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        players = {}
-        for name in names:
-            players[name] = Player(name, small, Path(folder))
-            stack.callback(players[name].end)
-        for turn in range(rounds + 1):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                found = players[name].run(steps)
-                losses[name].append(found["loss"])
-                if turn > 0:  # the first turn warms up
-                    cpu[name].append(found["cpu"])
-                    wall[name].append(found["wall"])
+    for _ in range(1 if options.quick else options.starts):
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            players = []
+            for name in processes:
+                players.append(Player(name, small, Path(folder)))
+                stack.callback(players[-1].end)
+            for turn in range(rounds + 1):
+                for player in players[:: -1 if turn % 2 else 1]:
+                    for name, found in player.run(steps).items():
+                        losses[name].append(found["loss"])
+                        if turn > 0:  # the first turn warms up
+                            cpu[name].append(found["cpu"])
+                            wall[name].append(found["wall"])
     tokens = steps * GLOBAL_BATCH * LENGTH
     speed = {name: tokens / median(seconds) for name, seconds in cpu.items()}
     for name in names:
@@ -338,7 +342,8 @@ def main() -> None:
             f"{tokens / median(wall[name]):10,.0f} a second; losses {losses[name][0]:.6f} ... {losses[name][-1]:.6f}"
         )
         # The same job: the same losses, as long as rounding has not grown to where runs part.
-        difference = max(abs(a - b) for a, b in zip(losses[OURS][:5], losses[name][:5], strict=True))
+        alike = slice(max(_ALIKE_STEPS // steps, 1))
+        difference = max(abs(a - b) for a, b in zip(losses[OURS][alike], losses[name][alike], strict=True))
         if difference > 1e-3:
             raise SystemExit(f"{name} trained something else: its losses differ by {difference:g}")
     goals = {BARE: 0.98, PLAIN: 1.0}

@@ -7,22 +7,17 @@ has the thing.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
+import json
 import math
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, get_args
 
-import yaml
-
+from megatron_xalign.config_tree import ConfigType, apply_override, from_tree, read_yaml
 from megatron_xalign.errors import ConfigError
-
-ConfigType = TypeVar("ConfigType")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -313,6 +308,21 @@ class MixtureConfig:
                 f"languages shares {dict(self.languages)} add up to {total:g}; they must add up to 1.",
             )
 
+    def mean_fraction(self, tokens: int) -> float:
+        """The fraction that is asked for, on average over the first ``tokens`` of a run."""
+        total, begin = Fraction(0), 0
+        held = Fraction(self.parallel_fraction)
+        for phase in self.schedule:
+            first = Fraction(phase.parallel_fraction)
+            held = first if phase.to is None else Fraction(phase.to)
+            end = min(phase.until_tokens, tokens)
+            if end <= begin:
+                break
+            at_end = first + (held - first) * Fraction(end - begin, phase.until_tokens - begin)
+            total += (first + at_end) / 2 * (end - begin)
+            begin = end
+        return float((total + held * (tokens - begin)) / tokens)
+
     def _check_schedule(self) -> None:
         _require(
             self.parallel_fraction == 0.0,
@@ -504,6 +514,9 @@ class TrainingConfig:
     load_weights: str | None = None
     """Checkpoint whose weights the run starts from (``xalign convert from-hf``, or another run's); optimizer and data
     start afresh."""
+    load_state: str | None = None
+    """Checkpoint of another run that this one goes on from, with its optimizer, its place in the data and its steps: a
+    longer run, another decay of the learning rate, another mixture from there on."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What is computed again in the backward pass to save memory: ``full``, whole layers; ``selective``,
     ``recompute_modules`` of every layer."""
@@ -579,6 +592,10 @@ class TrainingConfig:
         _require(
             self.eval_samples_per_source > 0,
             f"eval_samples_per_source={self.eval_samples_per_source} must be positive.",
+        )
+        _require(
+            self.load_weights is None or self.load_state is None,
+            f"load_weights={self.load_weights} and load_state={self.load_state}: a run begins with one of them.",
         )
         if self.rampup_batch_size:
             self._check_rampup()
@@ -701,6 +718,28 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObserverConfig:
+    """An observer of the user's own; docs/training.md says how one is written."""
+
+    factory: str
+    """``FILE.py:NAME`` or ``package.module:NAME``: a class, or a function that returns an observer; called with the
+    run (``RunContext``) and the options."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments."""
+
+    def __post_init__(self) -> None:
+        place, _, name = self.factory.rpartition(":")
+        _require(
+            bool(place) and name.isidentifier(),
+            f"factory={self.factory!r} should be FILE.py:NAME or package.module:NAME.",
+        )
+        try:
+            json.dumps(self.options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"options={self.options!r} should be of numbers, texts and lists: {error}.") from None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run."""
 
@@ -728,6 +767,8 @@ class RunConfig:
     """What is watched; nothing if left out."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Where its numbers go."""
+    observers: tuple[ObserverConfig, ...] = ()
+    """What else watches it: observers of the user's own."""
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "name is empty.")
@@ -832,6 +873,11 @@ class RunConfig:
         return self.training.train_steps * self.training.global_batch_size
 
     @property
+    def parallel_fraction(self) -> float:
+        """The parallel fraction that is asked for; of a schedule, its mean over ``train_tokens``."""
+        return self.data.mixture.mean_fraction(self.train_tokens)
+
+    @property
     def train_tokens(self) -> int:
         """Tokens of the whole run."""
         return self.train_samples * self.data.seq_length
@@ -851,150 +897,5 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), into: type[Conf
     target: type[Any] = into or RunConfig
     tree = read_yaml(path)
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return typing.cast(ConfigType, from_tree(target, tree))
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file of settings as plain values.
-
-    Raises:
-        ConfigError: it is missing, not YAML, or not a mapping.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}.") from None
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not YAML: {error}") from None
-    tree = {} if tree is None else tree
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config file {path} holds a {type(tree).__name__}; a mapping of settings is expected.")
-    return tree
-
-
-def from_tree(target: type[ConfigType], tree: Mapping[str, Any], path: str = "") -> ConfigType:
-    """Build a config dataclass from plain mappings; errors carry the dotted path of the setting."""
-    upgrade = getattr(target, "from_older", None)
-    if upgrade is not None:
-        tree = upgrade(tree, path)
-    hints = typing.get_type_hints(target)
-    known = [item.name for item in dataclasses.fields(typing.cast(Any, target))]
-    values = {}
-    for key, value in tree.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {path}{near[0]}?" if near else f"known here: {', '.join(known)}."
-            raise ConfigError(f"unknown setting {path}{key}; {hint}")
-        values[key] = _convert(hints[key], value, f"{path}{key}")
-    missing = [
-        item.name
-        for item in dataclasses.fields(typing.cast(Any, target))
-        if item.name not in values
-        and item.default is dataclasses.MISSING
-        and item.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"{path}{missing[0]} is missing.")
-    try:
-        return target(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}{error}") from None
-
-
-def to_tree(config: object) -> Any:
-    """Turn a config dataclass into plain mappings and lists, every setting included."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {item.name: to_tree(getattr(config, item.name)) for item in dataclasses.fields(config)}
-    if isinstance(config, (list, tuple)):
-        return [to_tree(item) for item in config]
-    if isinstance(config, dict):
-        return {key: to_tree(value) for key, value in config.items()}
-    return config
-
-
-def to_yaml(config: object) -> str:
-    """The resolved config as YAML that ``read_config`` reads back to an equal object."""
-    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True)
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    dotted, separator, text = override.partition("=")
-    if not separator or not dotted.strip():
-        raise ConfigError(f"--set {override} is not of the form path.to.key=value.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None
-    *parents, leaf = dotted.strip().split(".")
-    node: Any = tree
-    for parent in parents:
-        if isinstance(node, list):
-            node = node[_list_index(node, parent, override)]
-        else:
-            if node.get(parent) is None:
-                node[parent] = {}
-            node = node[parent]
-        if not isinstance(node, (dict, list)):
-            raise ConfigError(f"--set {override}: {parent} is a value, not a group of settings.")
-    if isinstance(node, list):
-        node[_list_index(node, leaf, override)] = value
-    else:
-        node[leaf] = value
-
-
-def _list_index(items: list[Any], text: str, override: str) -> int:
-    if not text.isdigit() or int(text) >= len(items):
-        raise ConfigError(f"--set {override}: {text} is not an item number below {len(items)}.")
-    return int(text)
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """``value`` from YAML as the type a field is declared with; ConfigError if it does not fit."""
-    origin = get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        choices = [choice for choice in get_args(hint) if choice is not type(None)]
-        if value is None and type(None) in get_args(hint):
-            return None
-        # A word or a group of settings: precision: bf16, precision: {fp8: {...}}.
-        groups = [choice for choice in choices if dataclasses.is_dataclass(choice)]
-        if not groups:
-            return _convert(choices[0], value, path)
-        if isinstance(value, dict):
-            return _convert(groups[0], value, path)
-        words = next((choice for choice in choices if get_origin(choice) is Literal), None)
-        if words is None or value not in get_args(words):
-            inside = " or ".join(item.name for item in dataclasses.fields(groups[0]))
-            said = "should be a" if words is None else f"is not one of {', '.join(map(str, get_args(words)))} and no"
-            raise ConfigError(f"{path}={value!r} {said} group of settings ({path}: {{{inside}: ...}}).")
-        return value
-    if origin is Literal:
-        if value not in get_args(hint):
-            raise ConfigError(f"{path}={value!r} is not one of {', '.join(map(str, get_args(hint)))}.")
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{path}={value!r} should be a list.")
-        return tuple(_convert(get_args(hint)[0], item, f"{path}.{index}") for index, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{path}={value!r} should be a mapping.")
-        return {str(key): _convert(get_args(hint)[1], item, f"{path}.{key}") for key, item in value.items()}
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if not isinstance(value, dict):
-            raise ConfigError(f"{path}={value!r} should be a group of settings.")
-        return from_tree(hint, value, f"{path}.")
-    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:  # YAML 1.1 reads 1e-3 as text
-            return float(value)
-        except ValueError:
-            pass
-    elif hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{path}={value!r} should be {hint.__name__}, not {type(value).__name__}.")

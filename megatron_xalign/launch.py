@@ -108,6 +108,8 @@ def run_workers(
 
         before = {number: signal.signal(number, pass_on) for number in signals.STOP_SIGNALS}
         try:
+            if early := signals.pending():
+                raise StoppedEarly(f"received {signal.Signals(early).name} before the workers had begun.")
             elastic_launch(config, sys.executable)("-m", "megatron_xalign", *arguments)
             if (errors / _STOPPED).is_file():
                 raise StoppedEarly(str(read_json(errors / _STOPPED)))

@@ -147,7 +147,8 @@ IMPLIED = {
     "--no-position-embedding": "positions are rotary",
     "--dataloader-type": "`single` or `cyclic`: sample k of a run is a function of the seed",
     "--tensorboard-dir": "`tensorboard/` in the run folder, always",
-    "--load": "a run goes on in its own folder by the same command",
+    "--load": "a run goes on in its own folder by the same command, from another's by training.load_state",
+    "--override-opt_param-scheduler": "training.load_state always takes the schedule of the new run",
     "--ckpt-format": "`torch_dist`",
     "--use-dist-ckpt": "checkpoints are torch_dist",
     "--auto-detect-ckpt-format": "checkpoints are torch_dist",
@@ -192,7 +193,7 @@ _NOT_HERE = dict.fromkeys(
     ("--use-megatron-fsdp", "--use-custom-fsdp", "--use-torch-fsdp2"),
     "parameters are not sharded here; parallel.use_distributed_optimizer shards optimizer state, tensor and pipeline "
     "parallelism the model",
-)
+) | {"--finetune": "training.load_weights names the checkpoint that a run takes its first weights from"}
 """Flags without a counterpart for which there is something else."""
 _SWITCHES = {flag.name for flag in FLAGS if flag.convert is _true} | {"--bf16", "--fp16", "--recompute-activations"}
 _RECOMPUTED = ("core_attn", "mlp", "layernorm")

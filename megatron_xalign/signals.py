@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 ask a training job to save and leave; a worker hears them from its first moment on.
+"""SIGTERM and SIGUSR1 ask a training job to save and leave; it hears them from its first moment on.
 
 Schedulers send them before a time limit or a pre-emption, and may do so while a job is still reading its data. What
 comes before the loop listens is kept for it here. torch's agent sends SIGTERM too, to the survivors when a worker has

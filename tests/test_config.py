@@ -15,11 +15,12 @@ from megatron_xalign.config import (
     ModelConfig,
     ParallelConfig,
     RunConfig,
+    SchedulePhase,
     SourceConfig,
     TrainingConfig,
     read_config,
-    to_yaml,
 )
+from megatron_xalign.config_tree import from_tree, to_yaml
 from megatron_xalign.errors import ConfigError
 
 
@@ -168,3 +169,43 @@ def test_a_bad_precision_is_named(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, text)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [
+        [(600, 0.4, None), (900, 0.0, None)], [(777, 0.0, None), (2000, 0.3, None)], [(1000, 0.5, 0.1)],
+        [(100, 0.0, 1.0), (300, 0.2, 0.4), (301, 0.0, None)], [(5000, 0.2, 0.9)], [(1, 0.7, None)],
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("tokens", [1, 250, 1000, 1024])
+def test_the_mean_of_a_schedule_is_that_of_its_tokens(
+    phases: list[tuple[int, float, float | None]], tokens: int
+) -> None:
+    mixture = MixtureConfig(
+        schedule=tuple(
+            SchedulePhase(until_tokens=until, parallel_fraction=first, to=to) for until, first, to in phases
+        )
+    )
+
+    def fraction_at(at: float) -> float:
+        begin = 0
+        for until, first, to in phases:
+            last = first if to is None else to
+            if at < until:
+                return first + (last - first) * (at - begin) / (until - begin)
+            begin = until
+        return last
+
+    # In the middle of every token: the mean of a straight line.
+    plain = sum(fraction_at(token + 0.5) for token in range(tokens)) / tokens
+    assert mixture.mean_fraction(tokens) == pytest.approx(plain, abs=1e-12)
+    assert MixtureConfig(parallel_fraction=0.25).mean_fraction(tokens) == 0.25
+
+
+def test_a_runs_fraction_is_what_was_asked_for() -> None:
+    phases = [{"until_tokens": 1024, "parallel_fraction": 0}, {"until_tokens": 9999, "parallel_fraction": 0.5}]
+    sizes = {"training": {"train_steps": 20, "global_batch_size": 4, "micro_batch_size": 2}}
+    for mixture, fraction in (({"parallel_fraction": 0.05}, 0.05), ({"schedule": phases}, 0.3)):
+        config = from_tree(RunConfig, {**sizes, "data": {"seq_length": 32, "mixture": mixture}})
+        assert config.parallel_fraction == fraction

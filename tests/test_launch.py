@@ -15,12 +15,20 @@ from megatron_xalign.errors import WorkerError
 from megatron_xalign.launch import check_port
 
 # A stand-in for the xalign command: the workers import it instead of the real package's __main__.
-PRELUDE = """
+PRELUDE = '''
 import os, signal, sys, time
 from megatron_xalign import launch
 from megatron_xalign.errors import ConfigError, WorkerError
 rank = int(os.environ.get("RANK", -1))
-"""
+
+
+def meet():
+    """Return when both workers are here: the first to fail may stop the other before it has begun."""
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    open(f"met-{attempt}-{rank}", "w").close()
+    while not os.path.exists(f"met-{attempt}-{1 - rank}"):
+        time.sleep(0.01)
+'''
 
 
 def run_job(folder: Path, worker: str, processes: int = 2, max_restarts: int = 0) -> tuple[str, float]:
@@ -47,7 +55,7 @@ def run_job(folder: Path, worker: str, processes: int = 2, max_restarts: int = 0
     )
     (folder / "job.py").write_text(main, encoding="utf-8")
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "job.py"], cwd=folder, capture_output=True, text=True, timeout=150)
+    done = subprocess.run([sys.executable, "job.py"], cwd=folder, capture_output=True, text=True, timeout=400)
     assert "SAID" in done.stdout, done.stderr
     (folder / "stderr").write_text(done.stderr, encoding="utf-8")
     return done.stdout.split("SAID ", 1)[1], time.monotonic() - started
@@ -63,7 +71,8 @@ def test_a_killed_worker_stops_the_others_and_is_named_as_the_first_cause(tmp_pa
     worker = """
     other = os.path.join(os.environ["XALIGN_ERROR_FOLDER"], "pid")
     if rank == 1:
-        open(other, "w").write(str(os.getpid()))
+        open(f"{other}.new", "w").write(str(os.getpid()))
+        os.replace(f"{other}.new", other)
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
     while not os.path.exists(other) or os.path.exists(f"/proc/{open(other).read()}/fd/0"):
@@ -90,9 +99,11 @@ def test_a_clear_error_of_one_worker_is_the_message_of_the_job(tmp_path: Path) -
 @pytest.mark.distributed
 def test_a_bug_in_one_worker_is_the_cause_and_not_that_the_others_lost_it(tmp_path: Path) -> None:
     worker = """
+    meet()
     if rank == 1:
         raise RuntimeError("the bug")
-    time.sleep(0.2)
+    while not os.path.exists(os.path.join(os.environ["XALIGN_ERROR_FOLDER"], "0-rank-1.json")):
+        time.sleep(0.01)
     raise WorkerError("process 0 lost another process")
     """
     said, _ = run_job(tmp_path, worker)
@@ -128,6 +139,7 @@ def test_after_a_kill_all_workers_start_again_and_say_why(tmp_path: Path) -> Non
     worker = """
     attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
     open(f"started-{attempt}-{rank}", "w").close()
+    meet()
     if attempt == "0" and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     if attempt == "0":

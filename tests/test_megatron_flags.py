@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from megatron_xalign.cli import main
-from megatron_xalign.config import RunConfig, from_tree, read_config
+from megatron_xalign.config import RunConfig, read_config
+from megatron_xalign.config_tree import from_tree
 from megatron_xalign.errors import ConfigError
 from megatron_xalign.megatron_flags import FLAGS, IMPLIED, flag_table, settings_of, translate
 

@@ -32,7 +32,7 @@ SCRIPTS = {
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_words_are_those_of_bash(name: str, tmp_path: Path) -> None:
     script = "x() { printf '%s\\0' \"$@\" >> words; printf '\\n\\0' >> words; }\n" + SCRIPTS[name]
-    subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True, capture_output=True, timeout=300)
     expected: list[list[str]] = [[]]
     for word in (tmp_path / "words").read_text(encoding="utf-8").split("\0")[:-1]:
         if word == "\n":

@@ -106,9 +106,7 @@ def _read(folder: Path) -> _Run:
             f"{run.analysis} does not hold which translations were found at each step (sentence_retrieval); run "
             f"`xalign analyze {run.path}` again."
         )
-    return _Run(
-        config.name, config.data.mixture.parallel_fraction, (config.seed, config.data.mixture.seed), results, steps
-    )
+    return _Run(config.name, config.parallel_fraction, (config.seed, config.data.mixture.seed), results, steps)
 
 
 def _shared_steps(runs: Sequence[_Run]) -> list[int]:

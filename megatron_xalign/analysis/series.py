@@ -174,9 +174,11 @@ def _folders(run: RunFolder, config: RunConfig | None, allow_unfinished: bool) -
     if config is None or config.capture is None:
         return folders
     steps = {step for step, _ in folders}
-    end, interval = run.train_steps(), config.capture.probe_interval_steps
+    begin, end, interval = run.first_step(), run.train_steps(), config.capture.probe_interval_steps
     until = max(steps) if allow_unfinished else end
-    missing = sorted({step for step in (*range(0, end + 1, interval), end) if step <= until} - steps)
+    # What a branch was where it began lies with the other run.
+    probed = {step for step in (*range(0, end + 1, interval), end) if step <= until and (step > begin or not begin)}
+    missing = sorted(probed - steps)
     if missing:
         hint = "" if missing[0] < max(steps) else (
             f" The run goes to step {end} and has statistics up to {max(steps)}: finish it by running its command "
@@ -588,7 +590,7 @@ def _context(
         }
     return {
         "run": last.run_name or run.path.name,
-        "parallel_fraction": None if config is None else config.data.mixture.parallel_fraction,
+        "parallel_fraction": None if config is None else config.parallel_fraction,
         "seed": None if config is None else config.seed,
         "languages": last.languages,
         "probed_languages": probed,

@@ -25,7 +25,8 @@ examples:
   torchrun --nproc-per-node 8 tools/train.py RUN.yaml     where a scheduler starts the processes
 
 A run that was stopped continues from its newest whole checkpoint by the same command. SIGTERM, SIGUSR1 and
-training.exit_duration_minutes make it save and exit with code 75, for schedulers that requeue.
+training.exit_duration_minutes make it save and exit with code 75, for schedulers that requeue. A run goes
+on from another run's checkpoint, longer or with other data from there on, by training.load_state (docs/training.md).
 """
 
 
@@ -120,6 +121,11 @@ def _add_train(verbs: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from megatron_xalign import signals
+
+    if not options.dry_run:
+        # What follows takes seconds, and minutes where indices of the data are built.
+        signals.listen()
     from megatron_xalign import launch, workflows
     from megatron_xalign.config import RunConfig, read_config
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xalign import __version__
-from megatron_xalign.config import RunConfig, to_yaml
+from megatron_xalign.config import RunConfig
+from megatron_xalign.config_tree import to_yaml
 from megatron_xalign.convert.source import Source
 from megatron_xalign.formats.atomic import read_json
 
@@ -91,8 +92,9 @@ def _special(special_ids: dict[str, Any]) -> str:
 
 
 def _mixture(config: RunConfig, audit: dict[str, Any] | None) -> str:
-    asked = config.data.mixture.parallel_fraction
-    sentence = f"Asked for: {asked:.2%} of them from parallel documents ({config.data.mixture.fraction_of} tokens)"
+    mixture, average = config.data.mixture, " on average" if config.data.mixture.schedule else ""
+    asked = f"{config.parallel_fraction:.2%} of them{average}"
+    sentence = f"Asked for: {asked} from parallel documents ({mixture.fraction_of} tokens)"
     achieved = (audit or {}).get("achieved", {}).get("parallel_fraction")
     return f"{sentence}." if achieved is None else f"{sentence}; audited over the whole run: {achieved:.2%}."
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
@@ -13,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_xalign.errors import ConfigError
-from megatron_xalign.formats.atomic import cannot_write
+from megatron_xalign.formats.atomic import NO_LOCKS, cannot_write
 
 _LOG = logging.getLogger(__name__)
 
@@ -22,7 +21,6 @@ SENTENCES = "sentences"
 JOINED = "joined"
 """A token file or a scratch folder that only the join needs."""
 _LOCK = "lock"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
 
 class WorkFolder:
@@ -65,7 +63,7 @@ class WorkFolder:
             try:
                 fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except OSError as error:
-                if error.errno in _NO_LOCKS:
+                if error.errno in NO_LOCKS:
                     _LOG.warning("%s: the file system has no locks; let only one job write there.", self.path)
                     return descriptor
                 os.close(descriptor)

@@ -22,6 +22,9 @@ from typing import IO, Any
 
 from megatron_xalign.errors import FormatError
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+"""What ``flock`` fails with where a file system has no locks."""
+
 
 @functools.cache
 def _host() -> str:

@@ -136,7 +136,7 @@ def damaged(checkpoint: Path, damage: Sequence[str]) -> CheckpointError:
 def latest_checkpoint(
     folder: str | Path, check: Callable[[Path], dict[str, Any]] = check_whole
 ) -> Path | None:
-    """The newest checkpoint of a run that is whole; None if there is none.
+    """The newest checkpoint of a run that is whole; None if there is no checkpoint.
 
     A damaged one is passed over with a warning that says what is wrong with it.
 
@@ -144,24 +144,36 @@ def latest_checkpoint(
         folder: ``checkpoints/`` of a run.
         check: raises ``CheckpointError`` for a checkpoint not to be used. ``read_manifest`` in place of the default
             looks no further than ``xalign.json``, which takes no time.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be used. That is for a person to decide: the run would
+            start from its first step and write over what is left of it.
     """
-    for checkpoint in reversed(checkpoint_folders(Path(folder))):
+    checkpoints = checkpoint_folders(Path(folder))
+    for checkpoint in reversed(checkpoints):
         try:
             check(checkpoint)
         except CheckpointError as error:
             log.warning("passing over a checkpoint: %s", error)
             continue
         return checkpoint
+    if checkpoints:
+        raise CheckpointError(
+            f"{folder} holds {len(checkpoints)} checkpoint(s), and none can be used: see the warnings before. Restore "
+            "one from a copy; or move that folder away, and the run starts from its first step."
+        )
     return None
 
 
-def prune(folder: str | Path, keep: int, keep_every_steps: int = 0) -> list[Path]:
+def prune(folder: str | Path, keep: int, keep_every_steps: int = 0, newest_step: int | None = None) -> list[Path]:
     """Remove all but the newest ``keep`` complete checkpoints; 0 keeps all. Call it on one process.
 
     Args:
         folder: ``checkpoints/`` of a run.
         keep: how many.
         keep_every_steps: those of steps that are a multiple of this stay as well; 0: none.
+        newest_step: later ones are neither counted nor removed. They are there where a run passed over damaged ones,
+            which must not take the places of good ones.
 
     Returns:
         The folders removed, oldest first.
@@ -173,11 +185,11 @@ def prune(folder: str | Path, keep: int, keep_every_steps: int = 0) -> list[Path
         raise ValueError(f"keep={keep}, keep_every_steps={keep_every_steps}: neither may be negative.")
     if keep == 0:
         return []
-    complete = [path for path in checkpoint_folders(Path(folder)) if (path / MANIFEST).is_file()]
-    removed = [
-        path for path in complete[:-keep]
-        if not keep_every_steps or int(path.name.removeprefix("step-")) % keep_every_steps
+    complete = [
+        path for path in checkpoint_folders(Path(folder))
+        if (path / MANIFEST).is_file() and (newest_step is None or _step_of(path) <= newest_step)
     ]
+    removed = [path for path in complete[:-keep] if not keep_every_steps or _step_of(path) % keep_every_steps]
     for path in removed:
         # Out of sight first: a kill in the middle of the removal must not leave half a checkpoint under its name.
         hidden = path.with_name(f".{path.name}.removed")
@@ -185,6 +197,10 @@ def prune(folder: str | Path, keep: int, keep_every_steps: int = 0) -> list[Path
         path.rename(hidden)
         shutil.rmtree(hidden)
     return removed
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def remove_leftovers(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ RUN/tensorboard/   the same numbers for TensorBoard
 RUN/checkpoints/   step-000100/ ...
 RUN/neurons/       step-000100/ ...
 RUN/analysis/      results.json ...
+RUN/.training      held while a job trains (run_lock)
 ```
 """
 
@@ -26,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xalign import __version__
-from megatron_xalign.config import RunConfig, read_config, to_tree, to_yaml
+from megatron_xalign.config import RunConfig, read_config
+from megatron_xalign.config_tree import to_tree, to_yaml
 from megatron_xalign.errors import ConfigError, FormatError
 from megatron_xalign.formats.atomic import read_json, write_json, write_text
 
@@ -43,6 +45,8 @@ _FREE_TO_CHANGE = (
     "training.nonfinite_policy", "training.loss_spike_policy", "training.loss_spike_deviations",
     "training.loss_spike_window", "training.max_bad_steps",
 )
+
+_WAY_OUT = "Restore it from a copy; or delete it, and the next start writes it again, without the earlier ones."
 
 
 @dataclass(frozen=True)
@@ -126,19 +130,56 @@ class RunFolder:
         """The resolved config of the run.
 
         Raises:
-            FormatError: this is not a run folder.
+            FormatError: this is not a run folder, or its config cannot be read.
         """
         if not self.config_path.is_file():
             raise FormatError(f"{self.path} is not a run folder: it has no config.yaml; `xalign train` makes one.")
-        return read_config(self.config_path)
+        try:
+            if not self.config_path.stat().st_size:
+                raise ConfigError("it is empty.")
+            return read_config(self.config_path)
+        except ConfigError as error:
+            raise FormatError(
+                f"{self.config_path}, which `xalign train` wrote, cannot be read: {error} Restore it from a copy; or "
+                "delete it, and the next start of the run writes it again, of its own settings."
+            ) from None
 
     def facts(self) -> dict[str, Any]:
-        """What ``run.json`` holds."""
-        return read_json(self.facts_path)
+        """What ``run.json`` holds.
+
+        Raises:
+            FormatError: it is missing, or not what `xalign train` writes.
+        """
+        if not self.facts_path.is_file():
+            raise FormatError(f"{self.facts_path} does not exist; `xalign train` writes it at every start.")
+        try:
+            facts = read_json(self.facts_path)
+        except FormatError as error:
+            raise FormatError(f"{error} {_WAY_OUT}") from None
+        if not isinstance(facts, dict) or not isinstance(facts.get("starts"), list):
+            raise self._not_ours("it has no list of starts")
+        return facts
+
+    def first_step(self) -> int:
+        """Optimizer steps that the run began with: those of the checkpoint it branched from; 0 for most."""
+        branched = self.facts().get("branched_from") if self.facts_path.is_file() else None
+        if branched is None:
+            return 0
+        if not isinstance(branched, dict) or not isinstance(branched.get("step"), int):
+            raise self._not_ours(f"branched_from is {branched!r}")
+        return int(branched["step"])
+
+    def _not_ours(self, why: str) -> FormatError:
+        return FormatError(f"{self.facts_path} is not what `xalign train` writes: {why}. {_WAY_OUT}")
 
     def train_steps(self) -> int:
         """Optimizer steps of the whole run; more than its config asks for with ``budget_rule: add``."""
-        return int(self.facts()["train_steps"]) if self.facts_path.is_file() else self.config().training.train_steps
+        if not self.facts_path.is_file():
+            return self.config().training.train_steps
+        steps = self.facts().get("train_steps")
+        if not isinstance(steps, int):
+            raise self._not_ours(f"train_steps is {steps!r}")
+        return steps
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The logged steps in order.
@@ -148,14 +189,15 @@ class RunFolder:
         """
         if not self.metrics_path.is_file():
             raise FormatError(f"{self.metrics_path} does not exist; the run has not logged a step yet.")
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines()
+        lines = self.metrics_path.read_bytes().rstrip(b"\n").split(b"\n")
         for number, line in enumerate(lines, start=1):
             try:
-                yield json.loads(line)
+                yield json.loads(line.decode("utf-8"))
             except ValueError:
                 if number == len(lines):  # the run was killed while it wrote this line
                     return
-                raise FormatError(f"{self.metrics_path}:{number} is not JSON: {line[:80]!r}.") from None
+                shown = line[:80].decode("utf-8", errors="replace")
+                raise FormatError(f"{self.metrics_path}:{number} is not JSON: {shown!r}.") from None
 
 
 def start_run(config: RunConfig, command: list[str], layout: dict[str, int], facts: dict[str, Any]) -> RunFolder:
@@ -167,8 +209,10 @@ def start_run(config: RunConfig, command: list[str], layout: dict[str, int], fac
     run = RunFolder(Path(config.output_dir))
     if run.config_path.is_file():
         check_same_run(run, config)
+    before = run.facts() if run.facts_path.is_file() else {}
+    if "branched_from" in before:
+        facts = {"branched_from": before["branched_from"], **facts}
     write_text(run.config_path, to_yaml(config))
-    earlier = read_json(run.facts_path)["starts"] if run.facts_path.is_file() else []
     write_json(
         run.facts_path,
         {
@@ -179,7 +223,10 @@ def start_run(config: RunConfig, command: list[str], layout: dict[str, int], fac
             "layout": layout,
             "versions": library_versions(),
             **facts,
-            "starts": [*earlier, {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": command}],
+            "starts": [
+                *before.get("starts", []),
+                {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": command},
+            ],
         },
     )
     return run
@@ -202,6 +249,8 @@ def differing_settings(before: RunConfig, now: RunConfig) -> list[str]:
         f"{key}: {flat_before.get(key)} -> {flat_now.get(key)}"
         for key in sorted(flat_before.keys() | flat_now.keys())
         if flat_before.get(key) != flat_now.get(key) and key not in _FREE_TO_CHANGE
+        # They watch.
+        and not key.startswith("observers.")
     ]
 
 

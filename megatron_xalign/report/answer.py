@@ -149,6 +149,8 @@ def _uncertainty(series: Series) -> str:
             "This is one training run: it shows how alignment went in it, and can say nothing about what parallel data "
             "changes; the interval is over probe sentences, not over training seeds."
         )
+    if len(fractions) == 1 and any(run.config.data.mixture.schedule for run in series.runs):
+        return "All runs have the same share of parallel data on average; what differs is when it comes."
     if len(fractions) == 1:
         return "All runs have the same share of parallel data; how they differ is not about parallel data."
     if series.seeds_per_fraction == 1:

@@ -70,8 +70,8 @@ class Run:
 
     @property
     def fraction(self) -> float:
-        """The parallel fraction that was asked for."""
-        return self.config.data.mixture.parallel_fraction
+        """The parallel fraction that was asked for; of a schedule, its mean."""
+        return self.config.parallel_fraction
 
     @property
     def last_step(self) -> int:
@@ -249,7 +249,8 @@ def read_series(folders: Sequence[Path], controls: Mapping[str, str] | None = No
 
 
 def _fraction_label(config: RunConfig, control: str) -> str:
-    return percent(config.data.mixture.parallel_fraction, digits=None) + (f" {control}" if control else "")
+    scheduled = " on average" if config.data.mixture.schedule else ""
+    return percent(config.parallel_fraction, digits=None) + scheduled + (f" {control}" if control else "")
 
 
 def _groups(runs: Sequence[Run]) -> list[Group]:

@@ -9,11 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_xalign.config import to_yaml
+from megatron_xalign.config_tree import to_yaml
 from megatron_xalign.formats.results import Row
 from megatron_xalign.report.answer import best_retrieval
 from megatron_xalign.report.series import RETRIEVAL, Run, Series
-from megatron_xalign.report.wording import direction_name, duration, language_name, layer_name, percent, thousands
+from megatron_xalign.report.wording import (
+    direction_name,
+    duration,
+    language_name,
+    layer_name,
+    parallel_text,
+    percent,
+    thousands,
+)
 
 MISSING = "\u2013"
 
@@ -270,7 +278,7 @@ def _facts(run: Run, hf: Path | None) -> dict[str, str]:
     model, layout = config.model, run.facts.get("layout", {})
     throughput = [line["tokens_per_second"] for line in run.metrics if "tokens_per_second" in line]
     facts = {
-        "parallel fraction": percent(run.fraction, digits=None),
+        "parallel fraction": parallel_text(config.data.mixture, run.fraction),
         "seed (weights)": str(config.seed),
         "seed (mixture)": str(config.data.mixture.seed),
         "model": f"{model.num_layers} layers, hidden {thousands(model.hidden_size)}, "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
+from megatron_xalign.config import MixtureConfig
+
 _NAMES = {
     "arb": "Arabic", "ben": "Bengali", "bul": "Bulgarian", "cat": "Catalan", "ces": "Czech", "cym": "Welsh",
     "dan": "Danish", "deu": "German", "ell": "Greek", "eng": "English", "epo": "Esperanto", "est": "Estonian",
@@ -59,6 +61,18 @@ def percent(share: float, digits: int | None = 1) -> str:
     """0.3 -> ``30.0 %``; with ``digits=None`` as few digits as tell it apart (``30 %``, ``0.5 %``)."""
     number = f"{100 * share:.6g}" if digits is None else f"{100 * share:.{digits}f}"
     return f"{number}{NO_BREAK}%"
+
+
+def parallel_text(mixture: MixtureConfig, mean: float) -> str:
+    """How much of the text is parallel, and when: ``5 %``, or ``30 % on average: 0 % until 1 k tokens, then ...``."""
+    told = percent(mean, digits=None)
+    if not mixture.schedule:
+        return told
+    phases = []
+    for phase in mixture.schedule:
+        end = "" if phase.to is None else f" to {percent(phase.to, digits=None)}"
+        phases.append(f"{percent(phase.parallel_fraction, digits=None)}{end} until {amount(phase.until_tokens)} tokens")
+    return f"{told} on average: {', then '.join(phases)}"
 
 
 def amount(count: float) -> str:

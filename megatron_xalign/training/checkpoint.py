@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import logging
 import os
 import platform as python_platform
 import queue
-import random
 import shutil
 import threading
 import warnings
@@ -29,17 +27,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
 
 from megatron_xalign import __version__
 from megatron_xalign.errors import CheckpointError
 from megatron_xalign.formats import checkpoint_folder
 from megatron_xalign.formats.atomic import replace_folder, sync_folder, write_json
-from megatron_xalign.formats.checkpoint import CheckpointReader
+from megatron_xalign.formats.checkpoint import COMMON, CheckpointReader
 from megatron_xalign.formats.checkpoint_folder import (
     FORMAT,
     MANIFEST,
@@ -53,8 +49,19 @@ from megatron_xalign.formats.checkpoint_folder import (
     remove_leftovers,
     step_folder,
 )
-from megatron_xalign.names import FP8_STATE, MAIN_WEIGHT
+from megatron_xalign.names import FP8_STATE
 from megatron_xalign.topology import LocalPart, ObserverState, Ranks
+from megatron_xalign.training.optimizer_state import (
+    initialize_state,
+    is_torch_adam,
+    only_optimizer,
+    optimizer_state,
+    set_step,
+    sharding,
+    steps_in_place,
+    uses_distributed,
+)
+from megatron_xalign.training.random_state import random_state_file, read_random_state, write_random_state
 from megatron_xalign.training.te_state import check_extra_state
 
 __all__ = [
@@ -133,9 +140,9 @@ def begin_save(
         }
         request = _prepare_tensors(partial, model_chunks, optimizer, scheduler, ranks, _sharded(parts, ranks))
         with _together(ranks, f"cannot write random states to {partial}"):
-            _write_random_state(_random_state_file(partial, ranks.rank), ranks)
+            write_random_state(random_state_file(partial, ranks.rank), ranks)
         values = {name: state[0] for name, state in (observers or {}).items()}
-        manifest = _manifest(step, ranks, _uses_distributed(optimizer), extra) | {"observers": values}
+        manifest = _manifest(step, ranks, uses_distributed(optimizer), extra) | {"observers": values}
         return UnfinishedSave(final, partial, request, manifest, ranks, with_hashes, in_background)
 
 
@@ -246,7 +253,8 @@ def _removed_on_failure(partial: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def load_checkpoint(
-    folder: str | Path, model_chunks: Sequence[Any], optimizer: Any, scheduler: Any, ranks: Ranks
+    folder: str | Path, model_chunks: Sequence[Any], optimizer: Any, scheduler: Any, ranks: Ranks, *,
+    new_schedule: bool = False,
 ) -> dict[str, Any]:
     """Put the state of a checkpoint into a freshly built model, optimizer and scheduler, on any layout.
 
@@ -259,6 +267,8 @@ def load_checkpoint(
         optimizer: Megatron's optimizer over them; None leaves its state unread.
         scheduler: has ``state_dict()`` and ``load_state_dict()``; None leaves it unread.
         ranks: this process's place.
+        new_schedule: whether the schedule may be another one than that of the checkpoint, of which only the place is
+            then taken.
 
     Returns:
         ``step`` and ``extra`` as they were saved.
@@ -273,13 +283,15 @@ def load_checkpoint(
         raise CheckpointError(
             f"{folder} holds weights and no optimizer; a run starts from it with training.load_weights={folder}."
         )
+    if ranks.rank == 0:
+        _tell_other_versions(folder, manifest)
     _load_model(folder, model_chunks)
     if optimizer is not None:
         _load_optimizer(folder, model_chunks, optimizer, manifest)
     if scheduler is not None:
-        _load_scheduler(folder, scheduler, manifest)
+        _load_scheduler(folder, scheduler, new_schedule)
     if _ONE_OF_EACH | manifest["layout"] == _layout(ranks):
-        _read_random_state(_random_state_file(folder, ranks.rank), ranks)
+        read_random_state(random_state_file(folder, ranks.rank), ranks)
     else:
         # With no dropout nothing is drawn while training, so nothing changes.
         log.info(
@@ -340,14 +352,27 @@ def load_observer_state(
 
 
 def latest_checkpoint(folder: str | Path, ranks: Ranks | None = None) -> Path | None:
-    """The newest checkpoint of a run whose files are all there and unchanged; None if there is none.
+    """The newest checkpoint of a run whose files are all there and unchanged; None if there is no checkpoint.
 
     Damaged ones are passed over with a warning. With ``ranks``, the first process looks and all get its answer; every
     process must then call it.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be used.
     """
     if ranks is None:
         return checkpoint_folder.latest_checkpoint(folder)
-    return ranks.broadcast_object(checkpoint_folder.latest_checkpoint(folder) if ranks.rank == 0 else None)
+    found: Any = None
+    if ranks.rank == 0:
+        try:
+            found = checkpoint_folder.latest_checkpoint(folder)
+        except CheckpointError as error:
+            found = error
+    found = ranks.broadcast_object(found)
+    if isinstance(found, CheckpointError):
+        raise found
+    newest: Path | None = found
+    return newest
 
 
 def unwrap(chunk: Any) -> Any:
@@ -385,8 +410,8 @@ def _prepare_tensors(
 
     model_state = _model_state(model_chunks)
     state: dict[str, Any] = {**model_state, **observed}
-    step = _initialize_state(optimizer)
-    state["optimizer"] = _optimizer_state(optimizer, model_state, is_loading=False)
+    step = initialize_state(optimizer)
+    state["optimizer"] = optimizer_state(optimizer, model_state, is_loading=False)
     state["optimizer_step"] = step
     state["scheduler"] = {} if scheduler is None else scheduler.state_dict()
     strategy = dist_checkpointing.serialization.get_default_save_sharded_strategy()
@@ -492,20 +517,37 @@ def _layout(ranks: Ranks) -> dict[str, int]:
     }
 
 
-def _manifest(step: int, ranks: Ranks, use_distributed_optimizer: bool, extra: dict[str, Any]) -> dict[str, Any]:
+def _versions() -> dict[str, str]:
     import megatron.core
 
+    return {
+        "megatron_xalign": __version__,
+        "megatron_core": megatron.core.__version__,
+        "torch": torch.__version__,
+        "python": python_platform.python_version(),
+    }
+
+
+def _tell_other_versions(folder: Path, manifest: dict[str, Any]) -> None:
+    """Sums in another order give other last digits: who compares two starts of a run must know."""
+    before, now = manifest.get("versions"), _versions()
+    if not isinstance(before, dict):
+        return
+    differing = [
+        f"{name.replace('_', '-')} {before[name]} (now {now[name]})"
+        for name in ("megatron_xalign", "megatron_core", "torch") if before.get(name, now[name]) != now[name]
+    ]
+    if differing:
+        log.warning("%s was written with %s; what follows may differ in its last digits.", folder, ", ".join(differing))
+
+
+def _manifest(step: int, ranks: Ranks, use_distributed_optimizer: bool, extra: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
         "step": step,
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "megatron_xalign": __version__,
-            "megatron_core": megatron.core.__version__,
-            "torch": torch.__version__,
-            "python": python_platform.python_version(),
-        },
+        "versions": _versions(),
         "layout": _layout(ranks),
         "use_distributed_optimizer": use_distributed_optimizer,
         "extra": extra,
@@ -515,99 +557,11 @@ def _manifest(step: int, ranks: Ranks, use_distributed_optimizer: bool, extra: d
 # Model and optimizer --------------------------------------------------------------------------------------------------
 
 
-def _sharding() -> dict[str, Any]:
-    from megatron.core import parallel_state
-
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-
-
 def _model_state(model_chunks: Sequence[Any]) -> dict[str, Any]:
     return {
-        f"model{number}": unwrap(chunk).sharded_state_dict(metadata=_sharding())
+        f"model{number}": unwrap(chunk).sharded_state_dict(metadata=sharding())
         for number, chunk in enumerate(model_chunks)
     }
-
-
-def _single(optimizer: Any) -> Any:
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    if len(chained) != 1:
-        raise ValueError(f"{len(chained)} chained optimizers; a dense model has one.")
-    return chained[0]
-
-
-def _uses_distributed(optimizer: Any) -> bool:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    return isinstance(_single(optimizer), DistributedOptimizer)
-
-
-def _is_torch_adam(inner: Any) -> bool:
-    """Whether steps are counted for each weight, as torch does; fused Adams count them in the parameter group."""
-    return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
-
-
-def _initialize_state(optimizer: Any) -> int:
-    """Give every weight the moments and step that the first update would give it; return the updates made so far.
-
-    torch's AdamW makes them at its first update, and Megatron's checkpoints fail on an optimizer without any.
-    """
-    inner = _single(optimizer).optimizer
-    if not _is_torch_adam(inner):
-        return max((int(group.get("step", 0)) for group in inner.param_groups), default=0)
-    for group in inner.param_groups:
-        for parameter in group["params"]:
-            state = inner.state[parameter]
-            if "exp_avg" not in state:
-                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state.setdefault("step", torch.tensor(0.0))
-    return max((int(state["step"]) for state in inner.state.values()), default=0)
-
-
-def _set_step(optimizer: Any, step: int) -> None:
-    """Give every weight a step counter of its own.
-
-    Megatron's distributed optimizer hands all of them the same tensor on loading, which the next update would then
-    advance once for each weight.
-    """
-    inner = _single(optimizer).optimizer
-    if _is_torch_adam(inner):
-        for group in inner.param_groups:
-            group.pop("step", None)
-        for state in inner.state.values():
-            state["step"] = torch.tensor(float(step))
-
-
-def _optimizer_state(optimizer: Any, model_state: dict[str, Any], is_loading: bool) -> dict[str, Any]:
-    """Megatron's sharded optimizer state, the same tensors under the same keys for every kind of optimizer."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
-
-    state: dict[str, Any] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_sharding())
-    inner = state.get("optimizer", state)
-    for group in inner["param_groups"]:
-        if isinstance(group.get("params"), LocalNonpersistentObject):
-            group["params"] = group["params"].unwrap()
-    # Groups are what the config says and differ between layouts; the scheduler sets what changes in them.
-    inner["param_groups"] = LocalNonpersistentObject(inner["param_groups"])
-    if "state" in inner:
-        inner["state"].pop("common_step", None)
-    if "param_state_sharding_type" in state:
-        state["param_state_sharding_type"] = LocalNonpersistentObject(state["param_state_sharding_type"])
-    config = _single(optimizer).config
-    single_precision = not (config.bf16 or config.fp16)
-    if single_precision and not is_loading:
-        for tensors in state.get("param_state", {}).values():
-            del tensors["param"]
-    for value in nested_values(state):
-        if isinstance(value, (ShardedTensor, ShardedTensorFactory)):
-            value.key = value.key.replace("optimizer.state.fp32_param.", MAIN_WEIGHT)
-            if single_precision:
-                value.key = value.key.removeprefix(MAIN_WEIGHT)
-    return state
 
 
 def _load_model(folder: Path, model_chunks: Sequence[Any], weights_only: bool = False) -> None:
@@ -632,50 +586,29 @@ def _load_model(folder: Path, model_chunks: Sequence[Any], weights_only: bool = 
 
 
 def _load_optimizer(folder: Path, model_chunks: Sequence[Any], optimizer: Any, manifest: dict[str, Any]) -> None:
-    _initialize_state(optimizer)
-    state = _optimizer_state(optimizer, _model_state(model_chunks), is_loading=True)
+    initialize_state(optimizer)
+    state = optimizer_state(optimizer, _model_state(model_chunks), is_loading=True)
     # Apart from the model's: the main weights of an fp32 run are read from the same stored tensors as its weights.
     loaded = _load_with_core({"optimizer": state}, folder)["optimizer"]
     step = int(_load_common(folder)["optimizer_step"])
     inner = loaded.get("optimizer", loaded)
     for group in inner["param_groups"]:
         group["step"] = step
-    if "state" in inner and _is_torch_adam(_single(optimizer).optimizer):
+    if "state" in inner and is_torch_adam(only_optimizer(optimizer).optimizer):
         inner["state"]["common_step"] = torch.tensor(float(step))
-    with _with_steps_in_place(_single(optimizer)):
+    with steps_in_place(only_optimizer(optimizer)):
         optimizer.load_state_dict(loaded)
-    _set_step(optimizer, step)
+    set_step(optimizer, step)
     if step != manifest["step"]:
         log.info("%s: step %d after %d updates (some were skipped).", folder, manifest["step"], step)
 
 
-@contextmanager
-def _with_steps_in_place(optimizer: Any) -> Iterator[None]:
-    """Let Megatron's distributed optimizer load into torch's AdamW.
-
-    It copies every entry of AdamW's state from the checkpoint and fails on ``step``, which is stored once and not for
-    each weight (0.16.1 and 0.19.2: ``_set_main_param_and_optimizer_states``, KeyError 'step').
-    """
-    name = "_set_main_param_and_optimizer_states"
-    original: Callable[[Any, dict[str, Any]], None] | None = getattr(optimizer, name, None)
-    if original is None or not _is_torch_adam(optimizer.optimizer):
-        yield
-        return
-
-    def with_step(model_param: Any, tensors: dict[str, Any]) -> None:
-        group, order = optimizer.model_param_group_index_map[model_param]
-        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
-        original(model_param, {"step": state["step"], **tensors})
-
-    setattr(optimizer, name, with_step)
-    try:
-        yield
-    finally:
-        delattr(optimizer, name)
-
-
-def _load_scheduler(folder: Path, scheduler: Any, manifest: dict[str, Any]) -> None:
+def _load_scheduler(folder: Path, scheduler: Any, new_schedule: bool) -> None:
     stored = _load_common(folder)["scheduler"]
+    if new_schedule:
+        scheduler.num_steps = 0
+        scheduler.step(increment=stored["num_steps"])
+        return
     current = scheduler.state_dict()
     differing = [
         f"{key} {stored.get(key)} (now {current[key]})"
@@ -696,14 +629,34 @@ def _load_with_core(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
 
     with _errors_of_core(f"checkpoint {folder} does not fit this model"):
-        return dist_checkpointing.load(state, str(folder))
+        return dist_checkpointing.load(state, str(folder), **_common_strategy(folder))
+
+
+def _common_strategy(folder: Path) -> dict[str, Any]:
+    """Lets core 0.16 find among the tensors what it looks for in ``common.pt``, in checkpoints of core 0.19."""
+    from megatron.core import dist_checkpointing
+
+    if (folder / COMMON).is_file() or "common_strategy" not in inspect.signature(dist_checkpointing.load).parameters:
+        return {}
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+
+    class AmongTensors(TorchCommonLoadStrategy):
+        def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+            return CheckpointReader(Path(checkpoint_dir)).read_settings() or {}
+
+    return {"common_strategy": AmongTensors()}
 
 
 def _load_common(folder: Path) -> dict[str, Any]:
-    from megatron.core import dist_checkpointing
+    """What is no tensor: the optimizer's step and the schedule.
 
-    with _errors_of_core(f"checkpoint {folder} cannot be read"):
-        return dist_checkpointing.load_common_state_dict(str(folder))
+    Raises:
+        CheckpointError: it is not there, damaged, or asks for more than plain values.
+    """
+    common = CheckpointReader(folder).read_settings()
+    if common is None or not {"optimizer_step", "scheduler"} <= common.keys():
+        raise CheckpointError(f"checkpoint {folder} cannot be read: it lacks the optimizer's step or the schedule.")
+    return common
 
 
 @contextmanager
@@ -743,59 +696,3 @@ def _check_files(folder: Path, manifest: dict[str, Any], ranks: Ranks) -> None:
     problem = ranks.broadcast_object(problem)
     if problem is not None:
         raise CheckpointError(problem)
-
-
-# Random states --------------------------------------------------------------------------------------------------------
-
-
-def _random_state_file(folder: Path, rank: int) -> Path:
-    return folder / f"random-{rank:05d}.safetensors"
-
-
-def _write_random_state(path: Path, ranks: Ranks) -> None:
-    """States of torch's, Megatron's, NumPy's and Python's generators on this process."""
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    tensors = {"torch": torch.get_rng_state()}
-    if ranks.device.type == "cuda":
-        tensors["cuda"] = torch.cuda.get_rng_state(ranks.device)
-    tensors |= {
-        f"megatron.{name}": state.cpu() for name, state in get_cuda_rng_tracker().get_states().items()
-    }
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    version, internal, gauss_next = random.getstate()
-    content = save(
-        {name: tensor.clone() for name, tensor in tensors.items()},
-        # One entry: safetensors writes several in any order, and equal states are to be equal bytes.
-        metadata={
-            "generators": json.dumps({
-                "numpy": [kind, np.asarray(keys).tolist(), *rest], "python": [version, internal, gauss_next]
-            })
-        },
-    )
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_random_state(path: Path, ranks: Ranks) -> None:
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    torch.set_rng_state(tensors["torch"])
-    if ranks.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["cuda"], ranks.device)
-    get_cuda_rng_tracker().set_states(
-        {name.removeprefix("megatron."): state for name, state in tensors.items() if name.startswith("megatron.")}
-    )
-    generators = json.loads(metadata["generators"])
-    kind, keys, *rest = generators["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    version, internal, gauss_next = generators["python"]
-    random.setstate((version, tuple(internal), gauss_next))

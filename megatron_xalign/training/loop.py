@@ -6,10 +6,10 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from megatron_xalign.batch import Batch, CurrentBatch
 from megatron_xalign.batch_sizes import BatchSizes, batch_sizes
@@ -21,6 +21,7 @@ from megatron_xalign.training.forward import forward_backward
 from megatron_xalign.training.guard import LossGuard, Verdict
 from megatron_xalign.training.heartbeat import Heartbeat
 from megatron_xalign.training.metrics import LossSums, append_metrics, readable, truncate_metrics
+from megatron_xalign.training.observers import Observer, StatefulObserver, take_state
 from megatron_xalign.training.optimizer import Optimizer
 from megatron_xalign.training.speed import speed_of
 from megatron_xalign.training.stopping import StopRequest
@@ -32,47 +33,6 @@ LossState = list[list[float]]
 """Loss sums of a logging interval that a checkpoint cuts in two."""
 
 log = logging.getLogger(__name__)
-
-
-class Observer(Protocol):
-    """Something that watches training. ``step`` counts finished optimizer steps.
-
-    Every process has its observers and all of them are called at the same moments, so they may use collectives. As
-    with blocks inside one another, the first that hears of ``before_step`` is the last that hears of ``after_step``:
-    what runs the model itself goes before what listens to it. An observer that raises stops the run. One that has to
-    go on from a checkpoint has two methods more, ``state`` and ``restore`` (``StatefulObserver``).
-    """
-
-    def before_step(self, step: int) -> None:
-        """Called before the forward passes that lead to ``step + 1``; 0 is before the first."""
-
-    def after_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Called after the weights have moved.
-
-        ``metrics`` always has step, consumed_tokens, grad_norm and lr, and at logged steps the whole line of
-        ``metrics.jsonl``. Where the guard left a step's update out it has ``passed_over``, and grad_norm is None.
-        """
-
-    def after_save(self, step: int, path: Path) -> None:
-        """Called when the checkpoint of ``step`` is complete at ``path``."""
-
-    def close(self) -> None:
-        """Called once, however the run ends."""
-
-
-@runtime_checkable
-class StatefulObserver(Protocol):
-    """An observer whose state travels in checkpoints."""
-
-    name: str
-    """Its name there."""
-
-    def state(self) -> ObserverState:
-        """What it needs to go on; arrays are the same on all data-parallel ranks. Every process calls it."""
-
-    def restore(self, state: ObserverState) -> None:
-        """Go on from a state. Also called after every save with what was saved: a resumed run goes on from sums over
-        all ranks, and so must this one, to end with the same last bits."""
 
 
 def fit(
@@ -235,7 +195,7 @@ def fit(
                 loss_sums = losses.state()
                 watching = observers if guard is None else [*observers, guard]
                 stateful = [observer for observer in watching if isinstance(observer, StatefulObserver)]
-                states = {observer.name: observer.state() for observer in stateful}
+                states = {observer.name: take_state(observer) for observer in stateful}
                 at(done, "saving", False)
                 path = save(done, loss_sums, states)
                 # A resumed run goes on from the rounded sums of the checkpoint; so does this one, to the same last bit.

@@ -140,6 +140,28 @@ class LossSums:
         return means_and_counts
 
 
+def with_columns_of(
+    state: Sequence[Sequence[float]], before: tuple[Sequence[str], Sequence[str]],
+    now: tuple[Sequence[str], Sequence[str]],
+) -> list[list[float]]:
+    """Sums as ``LossSums.state`` gives them, of a run with some languages and sources, for one with others.
+
+    Args:
+        state: the sums.
+        before: languages and source names of the run that summed.
+        now: those of the run that goes on; what is new to it has sums of zero, what it lacks is left out.
+    """
+
+    def columns(languages: Sequence[str], sources: Sequence[str]) -> list[tuple[str, str | None]]:
+        return [
+            ("all", None), *(("language", name) for name in (None, *languages)),
+            *(("source", name) for name in (None, *sources)), *(("content", name) for name in (None, *sources)),
+        ]
+
+    rows = [dict(zip(columns(*before), row, strict=True)) for row in state[:3]]
+    return [[row.get(column, 0.0) for column in columns(*now)] for row in rows] + [list(row) for row in state[3:]]
+
+
 def readable(line: Mapping[str, Any], train_steps: int) -> str:
     """A line of metrics for people who read a log: what is learned, whether it is well, how fast, how long still."""
     languages = ", ".join(f"{name} {loss:.3f}" for name, loss in line.get("loss_by_language", {}).items())
@@ -183,17 +205,21 @@ def truncate_metrics(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     kept = []
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            if int(json.loads(line)["step"]) <= step:
-                kept.append(line)
+            if int(json.loads(line.decode("utf-8"))["step"]) <= step:
+                kept.append(line.decode("utf-8"))
         except (ValueError, KeyError, TypeError):
             # Every whole line ends in a newline, so only the piece after the last one can be unfinished.
             if number == len(lines):
                 continue
-            raise FormatError(f"{path} line {number} is not a JSON object with a step: {line[:80]!r}.") from None
+            shown = line[:80].decode("utf-8", errors="replace")
+            raise FormatError(
+                f"{path} line {number} is not a JSON object with a step: {shown!r}. Take that line out, or restore the "
+                "file from a copy; the run then goes on."
+            ) from None
     write_text(path, "".join(line + "\n" for line in kept))

@@ -33,6 +33,7 @@ class Saver:
         self._folder, self._config, self._ranks = folder, config, ranks
         self._state = (model_chunks, optimizer, scheduler)
         self._unfinished: UnfinishedSave | None = None
+        self._newest_step: int | None = None
         self._completed: list[tuple[int, Path]] = []
 
     def save(self, step: int, extra: dict[str, Any], observers: Mapping[str, ObserverState]) -> Path:
@@ -82,12 +83,13 @@ class Saver:
             return
         unfinished, self._unfinished = self._unfinished, None
         path = unfinished.finish()
+        self._newest_step = unfinished.step
         if self._config.async_save:
             self._completed.append((unfinished.step, path))
         self._prune()
 
     def _prune(self) -> None:
         """Remove old checkpoints, but none that ``completed`` has not told of: observers may want to link it."""
-        if self._config.keep_checkpoints and self._ranks.rank == 0:
+        if self._config.keep_checkpoints and self._ranks.rank == 0 and self._newest_step is not None:
             keep = max(self._config.keep_checkpoints, len(self._completed))
-            prune(self._folder, keep, self._config.keep_every_steps)
+            prune(self._folder, keep, self._config.keep_every_steps, self._newest_step)

@@ -105,9 +105,12 @@ class _Scales(pickle.Unpickler):
             return _Setting
         known: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): collections.OrderedDict,
+            ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"): _Setting,
             ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
             # Bytes of torch.save, which torch would unpickle without asking.
             ("torch.storage", "_load_from_bytes"): _storage_of,
+            # What Megatron-Core 0.19 puts in its place, so that pickles made beside it name this one.
+            ("megatron.core.safe_globals", "safe_load_from_bytes"): _storage_of,
             ("torch", "Size"): torch.Size,
         }
         if (module_name, global_name) in known:

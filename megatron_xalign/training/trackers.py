@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_xalign.config import LoggingConfig, RunConfig, to_tree
+from megatron_xalign.config import LoggingConfig, RunConfig
+from megatron_xalign.config_tree import to_tree
 from megatron_xalign.errors import ConfigError
 from megatron_xalign.formats.event_file import EventFile
 

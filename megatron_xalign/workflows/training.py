@@ -5,15 +5,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_xalign.config import DataConfig, RunConfig, to_tree, to_yaml
-from megatron_xalign.errors import CheckpointError, ConfigError, CorpusError
+from megatron_xalign.config import DataConfig, RunConfig, TrainingConfig
+from megatron_xalign.config_tree import to_tree, to_yaml
+from megatron_xalign.errors import ConfigError, CorpusError, XAlignError
 from megatron_xalign.formats.atomic import write_json
 from megatron_xalign.formats.run_folder import RunFolder, check_same_run, command_line, start_run
+from megatron_xalign.formats.run_lock import RunLock
 from megatron_xalign.job_script import check_processes
+from megatron_xalign.workflows.branching import check_same_data, plan_branch
+
+if TYPE_CHECKING:
+    from megatron_xalign.topology import Ranks
+    from megatron_xalign.training.observers import ObserverFactory, StatefulObserver
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +54,17 @@ def compare_series(config: RunConfig, fractions: Sequence[float]) -> dict[str, A
     return series.compare_series(config, fractions)
 
 
-def train(config: RunConfig) -> Path:
-    """Train one model, or continue its training; return its run folder. Every process of the job calls it."""
+def train(config: RunConfig, observers: Sequence[ObserverFactory] = ()) -> Path:
+    """Train one model, or continue its training. Every process of the job calls it.
+
+    Args:
+        config: of the run.
+        observers: factories of the caller's own observers, besides those that ``config.observers`` names; they are
+            called with a ``RunContext`` when the model is there.
+
+    Returns:
+        The run folder.
+    """
     from megatron_xalign import launch, topology
     from megatron_xalign.batch import CurrentBatch
     from megatron_xalign.batch_sizes import batch_sizes
@@ -55,7 +72,7 @@ def train(config: RunConfig) -> Path:
     from megatron_xalign.data.blend import build_blend
     from megatron_xalign.data.evaluation import build_evaluation
     from megatron_xalign.data.tokenizer import Tokenizer
-    from megatron_xalign.formats.checkpoint_folder import remove_leftovers
+    from megatron_xalign.formats.checkpoint_folder import checkpoint_folders, remove_leftovers
     from megatron_xalign.formats.token_file import check_same_tokenizer
     from megatron_xalign.training import backends, checkpoint, loop
     from megatron_xalign.training.export import HfExporter
@@ -63,13 +80,23 @@ def train(config: RunConfig) -> Path:
     from megatron_xalign.training.guard import build_guard
     from megatron_xalign.training.heartbeat import Heartbeat
     from megatron_xalign.training.loading import batches_of
+    from megatron_xalign.training.metrics import with_columns_of
     from megatron_xalign.training.model import build_model, padded_vocab_size
+    from megatron_xalign.training.observers import (
+        Observer,
+        RunContext,
+        StatefulObserver,
+        build_observers,
+        find_factories,
+        listens,
+    )
     from megatron_xalign.training.optimizer import build_optimizer
     from megatron_xalign.training.saver import Saver
     from megatron_xalign.training.sizes import flops_per_token
     from megatron_xalign.training.trackers import build_trackers
     from megatron_xalign.training.validation import ValidationObserver
 
+    factories = [*find_factories(config.observers), *observers]
     tokenizer = Tokenizer.load(_required(config.data.tokenizer, "data.tokenizer"))
     blend = build_blend(config)
     for windows in blend.windows:
@@ -80,13 +107,15 @@ def train(config: RunConfig) -> Path:
     sizes = batch_sizes(training)
     probe = _tokenized_probe(config.data, tokenizer) if config.capture else []
     held_out = build_evaluation(config) if training.eval_interval_steps else None
+    run, num_ids = RunFolder(Path(config.output_dir)), _num_ids(config, tokenizer)
+    branch = None
+    if training.load_state is not None and not checkpoint_folders(run.checkpoints):
+        branch = plan_branch(config, blend, num_ids, tokenizer.sha256)
     # Before anything is built: what cannot run here is said now.
     choice = backends.choose(config, backends.look(int(os.environ.get("LOCAL_RANK", "0"))))
-    with topology.start(config.parallel, config.seed) as ranks:
+    with topology.start(config.parallel, config.seed) as ranks, _only_job(run, ranks):
         loop.check_batches(training, ranks)
-        num_ids = _num_ids(config, tokenizer)
         vocab_size = padded_vocab_size(num_ids, config.model.make_vocab_size_divisible_by, ranks.tensor_size)
-        run = RunFolder(Path(config.output_dir))
         if ranks.rank == 0:
             # What a killed save left may be all the room there is.
             remove_leftovers(run.checkpoints)
@@ -97,7 +126,7 @@ def train(config: RunConfig) -> Path:
             }
             facts = {
                 "padded_vocab_size": vocab_size, "train_steps": sizes.num_steps,
-                "unigram_entropy": blend.unigram_entropy(),
+                "unigram_entropy": blend.unigram_entropy(), **(branch.facts() if branch is not None else {}),
             }
             start_run(config, command_line(), layout, facts)
             write_json(run.audit_path, blend.audit([ranks.data_size]))
@@ -119,19 +148,40 @@ def train(config: RunConfig) -> Path:
             train_steps=blend.train_steps, schedule_unit=sizes.schedule_unit, fp16=config.fp16, choice=choice,
         )
         start_step, loss_state = 0, None
-        if newest is not None:
+        origin = newest if newest is not None else branch.checkpoint if branch is not None else None
+        if origin is not None:
             loaded = checkpoint.load_checkpoint(
-                newest, model_chunks, optimizer.megatron, optimizer.scheduler, ranks
+                origin, model_chunks, optimizer.megatron, optimizer.scheduler, ranks, new_schedule=newest is None
             )
             start_step, loss_state = loaded["step"], loaded["extra"]["loss_sums"]
+        if newest is not None:
             check_same_data(newest, loaded["extra"].get("data"), fingerprint, training.allow_changed_data)
             log.info("continuing from %s.", newest)
+            if ranks.rank == 0:
+                _warn_of_lost_metrics(run, start_step, training)
+        elif branch is not None:
+            log.info("this run %s.", branch.describe())
+            if branch.counted is None or loss_state is None:
+                if ranks.rank == 0:
+                    log.warning("tokens of languages and sources are counted from here on.")
+                loss_state = None
+            else:
+                loss_state = with_columns_of(loss_state, branch.counted, (blend.languages, blend.source_names))
         current_batch = CurrentBatch()
         forward_only = build_forward_only(model_chunks, ranks, current_batch)
-        observers: list[loop.Observer] = []
+        own = build_observers(factories, RunContext(
+            config=dataclasses.replace(config, training=training), run_folder=run.path, ranks=ranks,
+            model_chunks=model_chunks, forward_only=forward_only, current_batch=current_batch,
+            languages=blend.languages, source_names=blend.source_names, train_steps=sizes.num_steps,
+            start_step=start_step,
+        ))
+        for observer in own:
+            if origin is not None and isinstance(observer, StatefulObserver):
+                _restore(observer, origin, ranks)
+        # What runs the model comes before what listens to it.
+        watching: list[Observer] = [observer for observer in own if not listens(observer)]
         if held_out is not None:
-            # Before capture, which must not listen to it.
-            observers.append(
+            watching.append(
                 ValidationObserver(
                     held_out, training, seq_length=config.data.seq_length, ranks=ranks, forward_only=forward_only,
                     languages=held_out.languages, source_names=held_out.source_names, path=run.validation_path,
@@ -144,18 +194,15 @@ def train(config: RunConfig) -> Path:
                 current_batch=current_batch, forward_only=forward_only, probe=probe, languages=blend.languages,
                 eod_id=tokenizer.eod, score=_score_functions(),
             )
-            if newest is not None:
-                state = checkpoint.load_observer_state(newest, neurons.name, neurons.parts_of, ranks)
-                if state is not None:
-                    neurons.restore(state)
-            observers.append(neurons)
+            if origin is not None and (newest is not None or (branch is not None and branch.keeps_neurons)):
+                _restore(neurons, origin, ranks)
+            watching.append(neurons)
+        watching += [observer for observer in own if listens(observer)]
 
         saver = Saver(run.checkpoints, training, ranks, model_chunks, optimizer.megatron, optimizer.scheduler)
         guard = build_guard(training, ranks, check_gradients=config.fp16 is None)
-        if guard is not None and newest is not None:
-            kept = checkpoint.load_observer_state(newest, guard.name, lambda values: {}, ranks)
-            if kept is not None:
-                guard.restore(kept)
+        if guard is not None and origin is not None:
+            _restore(guard, origin, ranks)
 
         def rewind() -> tuple[int, loop.LossState]:
             saver.wait()
@@ -166,11 +213,9 @@ def train(config: RunConfig) -> Path:
                     "training.save_interval_steps."
                 )
             found = checkpoint.load_checkpoint(last, model_chunks, optimizer.megatron, optimizer.scheduler, ranks)
-            for observer in observers:
-                if isinstance(observer, NeuronObserver):
-                    state = checkpoint.load_observer_state(last, observer.name, observer.parts_of, ranks)
-                    if state is not None:
-                        observer.restore(state)
+            for observer in watching:
+                if isinstance(observer, StatefulObserver):
+                    _restore(observer, last, ranks)
             return found["step"], found["extra"]["loss_sums"]
 
         def save(step: int, loss_sums: loop.LossState, states: dict[str, topology.ObserverState]) -> Path:
@@ -183,9 +228,9 @@ def train(config: RunConfig) -> Path:
 
         if ranks.rank == 0:
             # First in the list, so the last to hear of a step: capture has added its scores by then.
-            observers[:0] = build_trackers(config, run.path, start_step)
+            watching[:0] = build_trackers(config, run.path, start_step)
             if training.hf_export_interval_steps:
-                observers.append(HfExporter(run, training.hf_export_interval_steps, blend.train_steps))
+                watching.append(HfExporter(run, training.hf_export_interval_steps, blend.train_steps))
         heartbeat = Heartbeat(
             ranks, 0.8 * config.parallel.distributed_timeout_seconds, config.parallel.heartbeat_interval_seconds,
             launch.end_stuck_job,
@@ -199,7 +244,7 @@ def train(config: RunConfig) -> Path:
                 languages=blend.languages, source_names=blend.source_names,
                 parallel_sources=[item.text.name for item in blend.plan.sources if item.text.origin == "parallel"],
                 flops_per_token=flops_per_token(config.model, vocab_size, config.data.seq_length),
-                observers=observers, current_batch=current_batch, start_step=start_step, loss_state=loss_state,
+                observers=watching, current_batch=current_batch, start_step=start_step, loss_state=loss_state,
                 guard=guard, rewind=rewind, heartbeat=heartbeat,
                 completed=saver.completed if training.async_save else None,
             )
@@ -207,29 +252,38 @@ def train(config: RunConfig) -> Path:
     return run.path
 
 
-def check_same_data(
-    checkpoint: Path, before: dict[str, Any] | None, now: dict[str, Any], allow_changed_data: bool
-) -> None:
-    """Compare the token files a checkpoint was trained on with those that are there now.
+def _restore(observer: StatefulObserver, folder: Path, ranks: Ranks) -> None:
+    """Let an observer go on from what a checkpoint holds of it; one that it does not hold stays as it is."""
+    from megatron_xalign.training.checkpoint import load_observer_state
+    from megatron_xalign.training.observers import parts_of
 
-    Raises:
-        CheckpointError: they differ, by content and not by place, and that is not allowed.
-    """
-    if before is None or before == now:
-        return
-    names = sorted({*before, *now})
-    differing = [
-        f"{name} ({'is new' if name not in before else 'is gone' if name not in now else 'has another content'})"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
-    what = f"{checkpoint} was trained on other token files: {', '.join(differing)}"
-    if not allow_changed_data:
-        raise CheckpointError(
-            f"{what}. Its samples would not be the ones it would have read. Restore the files, start a new run, or go "
-            "on with the changed ones by --set training.allow_changed_data=true."
-        )
-    log.warning("%s; going on as training.allow_changed_data says.", what)
+    state = load_observer_state(folder, observer.name, parts_of(observer), ranks)
+    if state is not None:
+        observer.restore(state)
+
+
+@contextmanager
+def _only_job(run: RunFolder, ranks: Ranks) -> Iterator[None]:
+    """Keep other jobs out of a run's folder; all processes raise if there is one."""
+    lock, problem = RunLock(run.path), None
+    if ranks.rank == 0:
+        try:
+            lock.take()
+        except XAlignError as error:
+            problem = error
+    problem = ranks.broadcast_object(problem)
+    if problem is not None:
+        raise problem
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _warn_of_lost_metrics(run: RunFolder, step: int, training: TrainingConfig) -> None:
+    logged = run.metrics_path.is_file() and run.metrics_path.stat().st_size > 0
+    if not logged and step - run.first_step() >= training.log_interval_steps:
+        log.warning("%s has no line of the %d steps done before; curves begin there.", run.metrics_path, step)
 
 
 def is_trained(config: RunConfig) -> bool:
@@ -252,16 +306,23 @@ def describe_run(config: RunConfig, processes: int | None) -> str:
     """What a training run would be: the resolved config, the model's size, memory by stage and the mixture table."""
     from megatron_xalign import terminal
     from megatron_xalign.batch_sizes import batch_sizes
+    from megatron_xalign.data.blend import build_blend, describe_audit
     from megatron_xalign.data.tokenizer import Tokenizer
     from megatron_xalign.training.model import padded_vocab_size
+    from megatron_xalign.training.observers import find_factories
     from megatron_xalign.training.sizes import flops_per_token, memory_by_stage, num_parameters
 
     if processes is not None:
         check_processes(config, processes)
-    _, table, _ = audit_blend(config)
+    find_factories(config.observers)
+    blend = build_blend(config)
+    table = describe_audit(blend.audit())
     layout, training = config.parallel, config.training
     tokenizer = Tokenizer.load(_required(config.data.tokenizer, "data.tokenizer"))
     num_ids = _num_ids(config, tokenizer)
+    branch = ""
+    if training.load_state is not None:
+        branch = f"{plan_branch(config, blend, num_ids, tokenizer.sha256).describe()}\n\n"
     rows = padded_vocab_size(
         num_ids, config.model.make_vocab_size_divisible_by, layout.tensor_model_parallel_size
     )
@@ -282,7 +343,7 @@ def describe_run(config: RunConfig, processes: int | None) -> str:
         + (f" in {layout.virtual_size} blocks each" if layout.virtual_size > 1 else "")
         + f" CP{layout.context_parallel_size} on "
         f"{processes or 'as many as torchrun starts'} process(es), DP{data_size} assumed\n\n"
-        f"{terminal.describe_memory(memory)}\n\n{table}"
+        f"{terminal.describe_memory(memory)}\n\n{branch}{table}"
     )
 
 

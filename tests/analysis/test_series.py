@@ -13,7 +13,8 @@ import pytest
 from megatron_xalign.analysis import neurons, projection, resampling, retrieval, similarity
 from megatron_xalign.analysis.series import LEAST_UNSHARED, AnalysisOptions, analyze_run
 from megatron_xalign.analysis.vocabulary import ProbeTokens
-from megatron_xalign.config import CaptureConfig, DataConfig, MixtureConfig, RunConfig, TrainingConfig, to_yaml
+from megatron_xalign.config import CaptureConfig, DataConfig, MixtureConfig, RunConfig, TrainingConfig
+from megatron_xalign.config_tree import to_yaml
 from megatron_xalign.errors import FormatError
 from megatron_xalign.formats.neuron_stats import (
     PROBE_ARRAYS,

@@ -276,7 +276,7 @@ def test_a_builder_killed_while_writing_leaves_what_the_next_one_removes(tmp_pat
         os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
         IndexCache(Path({str(tmp_path)!r})).arrays("starts", {{"seed": 1}}, lambda: {{"a": np.arange(100_000)}})
     """
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False, timeout=60)
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False, timeout=300)
     assert killed.returncode == -signal.SIGKILL
     assert any(".partial-" in path.name for path in tmp_path.iterdir())
     assert "building" in finish(start(tmp_path, 0.0))

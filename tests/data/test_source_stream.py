@@ -363,7 +363,7 @@ def test_a_reader_works_in_data_workers(method: str, prefixes: dict[str, Path]) 
     queue = context.Queue()
     process = context.Process(target=_batch_sum, args=(pickle.dumps(reader), queue))
     process.start()
-    assert queue.get(timeout=60) == expected
+    assert queue.get(timeout=300) == expected
     process.join(60)
 
 

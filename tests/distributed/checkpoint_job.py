@@ -21,16 +21,8 @@ import torch
 
 from megatron_xalign import topology
 from megatron_xalign.batch import Batch, collate
-from megatron_xalign.config import (
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RunConfig,
-    TrainingConfig,
-    from_tree,
-    to_tree,
-)
+from megatron_xalign.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_xalign.config_tree import from_tree, to_tree
 from megatron_xalign.errors import CheckpointError, XAlignError
 
 VOCAB, LENGTH, STEPS, SAVED_AT = 203, 16, 6, 3
@@ -202,11 +194,11 @@ def hopeless(folder: str, good: str) -> dict[str, str]:
                 said[name] = f"{type(error).__name__}: {error}"
             ranks.barrier()
 
-        write, describe = module._write_random_state, module.describe_file
+        write, describe = module.write_random_state, module.describe_file
         if ranks.rank == 1:
-            module._write_random_state = _full_disk  # type: ignore[assignment]
+            module.write_random_state = _full_disk  # type: ignore[assignment]
         attempt("full disk", lambda: run.save(1))
-        module._write_random_state = write
+        module.write_random_state = write
         if ranks.rank == 0:
             module.describe_file = _full_disk  # type: ignore[assignment]
         attempt("full disk later", lambda: run.save(1))

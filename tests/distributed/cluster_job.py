@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_xalign import platform
-from megatron_xalign.config import ModelConfig, ParallelConfig, from_tree
+from megatron_xalign.config import ModelConfig, ParallelConfig
+from megatron_xalign.config_tree import from_tree
 
 
 def rehearse(

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from megatron_xalign import topology
-from megatron_xalign.config import ParallelConfig, RunConfig, from_tree
+from megatron_xalign.config import ParallelConfig, RunConfig
+from megatron_xalign.config_tree import from_tree
 from megatron_xalign.formats.checkpoint_folder import read_manifest
 
 
@@ -49,6 +50,7 @@ def _save_one(folder: Path, checkpoint: Path, layout: ParallelConfig, ranks: Any
     from megatron_xalign.training import checkpoint as ours
     from megatron_xalign.training.model import build_model, padded_vocab_size
     from megatron_xalign.training.optimizer import build_optimizer
+    from megatron_xalign.training.optimizer_state import initialize_state, sharding
 
     extra = read_manifest(checkpoint)["extra"]
     config = from_tree(RunConfig, extra["config"])
@@ -58,15 +60,15 @@ def _save_one(folder: Path, checkpoint: Path, layout: ParallelConfig, ranks: Any
         recompute="none", ranks=ranks, seed=99, vocab_size=extra["vocab_size"],
     )
     ours.load_weights(checkpoint, chunks, ranks)
-    model_state = ours.unwrap(chunks[0]).sharded_state_dict(metadata=ours._sharding())
+    model_state = ours.unwrap(chunks[0]).sharded_state_dict(metadata=sharding())
     state: dict[str, Any] = {
         "args": arguments_of(config, rows), "checkpoint_version": 3.0, "iteration": 7, "model": model_state,
         "opt_param_scheduler": {"max_lr": 0.1, "num_steps": 56}, "num_floating_point_operations_so_far": 1e9,
     }
     if with_optimizer:
         optimizer = build_optimizer(chunks, config.optimizer, parallel=layout, params_dtype="fp32", train_steps=100)
-        ours._initialize_state(optimizer.megatron)
-        state["optimizer"] = optimizer.megatron.sharded_state_dict(model_state, metadata=ours._sharding())
+        initialize_state(optimizer.megatron)
+        state["optimizer"] = optimizer.megatron.sharded_state_dict(model_state, metadata=sharding())
     target = folder / "iter_0000007"
     if ranks.rank == 0:
         target.mkdir(parents=True)

@@ -23,7 +23,7 @@ def stand_still(folder: str, how: str) -> None:
         os._exit(3)
 
     parallel = ParallelConfig(distributed_timeout_seconds=600)
-    with topology.start(parallel, seed=1) as ranks, Heartbeat(ranks, 6.0, 0.5, end) as heartbeat:
+    with topology.start(parallel, seed=1) as ranks, Heartbeat(ranks, 10.0, 0.5, end) as heartbeat:
         for step in range(3):
             heartbeat.at(step, "reading samples")
             if step == 2 and ranks.rank == 1:
@@ -39,8 +39,8 @@ def go_on(folder: str) -> int:
     from megatron_xalign.training.heartbeat import Heartbeat
 
     with topology.start(ParallelConfig(), seed=1) as ranks:
-        with Heartbeat(ranks, 1.0, 0.1, lambda text: os._exit(3)) as heartbeat:
+        with Heartbeat(ranks, 5.0, 0.1, lambda text: os._exit(3)) as heartbeat:
             heartbeat.at(0, "saving", bounded=False)
-            time.sleep(3)
+            time.sleep(8)
             heartbeat.at(1, "reading samples")
         return ranks.rank

@@ -24,7 +24,7 @@ def examine() -> dict[str, Any]:
     Returns:
         ``without``: for every patch, and for none (""), the error that training without it ended in, "" if it trained;
         ``arguments``: what CUDA arguments give; ``installing``: what a second and a refused installation do;
-        ``faults``: new pages that tensors take.
+        ``faults``: new pages that tensors take; ``loops``: threads of gloo devices of a process that trains.
     """
     warnings.simplefilter("ignore")
     sys.modules["triton"] = None  # type: ignore[assignment]  # as with torch's CPU wheel, which brings none
@@ -38,6 +38,7 @@ def examine() -> dict[str, Any]:
         "arguments": json.loads(_in_child(_use_cuda_arguments)),
         "installing": json.loads(_in_child(_install_twice_and_with_cuda)),
         "faults": json.loads(_in_child(_page_faults)),
+        "loops": int(_in_child(_loops_of_gloo)),
     }
 
 
@@ -147,6 +148,20 @@ def _use_cuda_arguments() -> str:
     Double.apply(value).sum().backward()
     assert value.grad is not None and value.grad.tolist() == [2.0, 2.0, 2.0]
     return json.dumps(seen)
+
+
+def _loops_of_gloo() -> str:
+    """How many threads wait for news of gloo's when all process groups are there, one of them used."""
+    import torch
+
+    from megatron_xalign import platform, topology
+    from megatron_xalign.config import ParallelConfig
+
+    platform.install()
+    with topology.start(ParallelConfig(), seed=1) as ranks:
+        assert ranks.sum_over(torch.ones(2), "data").tolist() == [1.0, 1.0]
+        names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return str(names.count("gloo_tcp_loop"))
 
 
 def _page_faults() -> str:

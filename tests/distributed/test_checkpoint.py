@@ -158,7 +158,7 @@ def test_a_failure_of_one_process_fails_all_and_leaves_nothing_behind(jobs: Any,
 
 def test_a_save_killed_before_it_has_its_name_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
     # Before the tensors, with the tensors written by a thread, and with everything written but the name.
-    moments = {"_write_random_state": False, "describe_file": True, "replace_folder": False}
+    moments = {"write_random_state": False, "describe_file": True, "replace_folder": False}
     folders = [str(tmp_path / moment) for moment in moments]
     for folder, (moment, in_background) in zip(folders, moments.items(), strict=True):
         with pytest.raises(ProcessError, match="exit code -9"):

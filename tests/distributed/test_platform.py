@@ -62,6 +62,11 @@ def test_memory_of_freed_tensors_is_used_again(seen: dict[str, Any]) -> None:
 
 
 @pytest.mark.distributed
+def test_all_process_groups_share_one_gloo_device(seen: dict[str, Any]) -> None:
+    assert seen["loops"] == 1
+
+
+@pytest.mark.distributed
 def test_the_backend_is_refused_where_cuda_is_there_and_installed_once_elsewhere(seen: dict[str, Any]) -> None:
     assert "CUDA_VISIBLE_DEVICES" in seen["installing"]["refusal"]
     assert seen["installing"]["untouched_after_refusal"] and seen["installing"]["same_after_second_install"]

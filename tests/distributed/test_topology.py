@@ -48,6 +48,12 @@ def neighbours(layout: int, rank: int, axis: str) -> list[int]:
     return [first + i * stride for i in range(size)]
 
 
+def test_groups_that_connect_when_they_first_speak_do_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "1")
+    seen = run_processes(JOB, "describe", {"layouts": [LAYOUTS[1]]}, num_processes=2, timeout_seconds=120)
+    assert [one[0]["gather"]["tensor"] for one in seen] == [[0, 1], [0, 1]]
+
+
 @pytest.mark.parametrize("layout", range(len(LAYOUTS)))
 def test_collectives_reach_the_processes_of_their_axis(
     four_processes: list[list[dict[str, Any]]], layout: int

@@ -12,7 +12,8 @@ from typing import Any, get_args
 import torch
 
 from megatron_xalign import topology
-from megatron_xalign.config import ParallelConfig, from_tree
+from megatron_xalign.config import ParallelConfig
+from megatron_xalign.config_tree import from_tree
 from megatron_xalign.errors import ConfigError, WorkerError
 
 

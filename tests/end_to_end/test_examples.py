@@ -72,7 +72,7 @@ def test_an_example_becomes_a_script_that_bash_understands(
     words = ["--nodes", "2", "--account", "a"] if place == "slurm" else []
     assert main(argv=["launch", place, str(example), *words, "--nproc-per-node", "4", "--dry-run"]) == 0
     script = capsys.readouterr().out
-    checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, timeout=60)
+    checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, timeout=300)
     assert checked.returncode == 0, checked.stderr
     assert f"train {example}" in script and ("#SBATCH --nodes=2" in script) == (place == "slurm")
 

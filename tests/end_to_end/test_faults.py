@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import psutil
 import pytest
 from corpus_of_nonsense import LANGUAGES
 from xalign_process import ROOT, Xalign, environment
+
+from megatron_xalign.formats.run_lock import LOCK, RunLock
 
 TIMED = ("seconds", "seconds_left", "tokens_per_second", "tflops_per_device", "memory_gib")
 EXAMPLE = ROOT / "examples" / "laptop_tp2_pp2.yaml"
@@ -61,6 +65,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_changed_data_is_refused(
     assert "passing over a checkpoint" in said and "step-000008" in said and "step-000006" in said
     assert lines(run) == whole
 
+    # With none left it does not start over, and touches nothing.
+    others = shutil.copytree(run, tmp_path / "others")
+    for path in (others / "checkpoints").iterdir():
+        (path / "xalign.json").write_bytes(b"")
+    refused = xalign(*train, "--set", f"output_dir={others}", check=False)
+    assert refused.returncode == 1
+    assert "holds 3 checkpoint(s), and none can be used" in refused.stderr
+    assert lines(others) == whole
+    assert len(list((others / "checkpoints").iterdir())) == 3
+
     shutil.rmtree(saved / "step-000008")
     manifest = tokens / "fin_Latn.manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"note": "made again"}))
@@ -71,7 +85,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_changed_data_is_refused(
     assert refused.returncode == 1
     assert "fin_Latn (has another content)" in refused.stderr and "allow_changed_data=true" in refused.stderr
     assert not (saved / "step-000008").exists()
+    (run / "metrics.jsonl").unlink()
     allowed = xalign(*train, "--set", "training.allow_changed_data=true")
+    assert "metrics.jsonl has no line of the 6 steps done before; curves begin there." in allowed.stderr
     assert "going on as training.allow_changed_data says" in allowed.stderr
     assert (saved / "step-000008").is_dir()
 
@@ -149,7 +165,19 @@ def test_steps_without_a_number_are_skipped_and_counted_also_after_a_restart(tex
 def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on_from_its_last_checkpoint(
     text: Path, tmp_path: Path
 ) -> None:
-    run, steps = tmp_path / "run", 40
+    steps = 40
+    run, said = next(
+        (run, said)
+        for run in (tmp_path / str(attempt) for attempt in range(5))
+        if (said := torchrun_that_loses_a_rank(text, run, steps)) is not None
+    )
+    assert "continuing from" in said
+    assert [line["step"] for line in lines(run)] == list(range(1, steps + 1))
+    assert len(json.loads((run / "run.json").read_text())["starts"]) == 2
+
+
+def torchrun_that_loses_a_rank(text: Path, run: Path, steps: int) -> str | None:
+    """What such a job says; None if it came to its end before this process could kill a rank."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
         str(ROOT / "tools" / "train.py"), str(EXAMPLE), *settings(text, text / "tokens", run, steps),
@@ -157,18 +185,73 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on_from_its_last_check
     job = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 600
-        while not list((run / "checkpoints").glob("step-*")):
-            assert time.monotonic() < deadline and job.poll() is None
+        while job.poll() is None and not list((run / "checkpoints").glob("step-*")):
+            assert time.monotonic() < deadline
             time.sleep(0.01)
-        victim = next(
-            worker for worker in psutil.Process(job.pid).children() if worker.environ().get("RANK") == "1"
-        )
-        victim.kill()
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            for worker in psutil.Process(job.pid).children():
+                if worker.environ().get("RANK") == "1":
+                    worker.kill()
         said = job.communicate(timeout=600)[1]
     finally:
         job.kill()
         job.wait()
     assert job.returncode == 0, said[-3000:]
-    assert "continuing from" in said
-    assert [line["step"] for line in lines(run)] == list(range(1, steps + 1))
-    assert len(json.loads((run / "run.json").read_text())["starts"]) == 2
+    return said if len(json.loads((run / "run.json").read_text())["starts"]) > 1 else None
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("processes", [(), ("--nproc-per-node", "2")])
+def test_a_stop_signal_is_heard_from_the_first_moment_on(
+    text: Path, tmp_path: Path, xalign: Xalign, processes: tuple[str, ...]
+) -> None:
+    parallel = ["--set", f"parallel.pipeline_model_parallel_size={2 if processes else 1}"]
+    for attempt in range(5):
+        run = tmp_path / str(attempt)
+        train = ["train", EXAMPLE, *settings(text, text / "tokens", run, steps=4), *parallel, *processes]
+        command = [sys.executable, "-m", "megatron_xalign", *map(str, train)]
+        job = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        # Looked at first: what hears before torch is there hears from the beginning.
+        while not (late := "libtorch" in maps(job.pid)) and not hears(job.pid, signal.SIGUSR1):
+            assert job.poll() is None
+            time.sleep(0.001)
+        job.send_signal(signal.SIGUSR1)
+        said = job.communicate(timeout=600)[1]
+        # Else it listens too late, or this process was away meanwhile.
+        if not late and job.returncode != 0:
+            break
+    assert not late, "torch is loaded before a signal is heard"
+    assert job.returncode == 75 and "received SIGUSR1" in said and "exit code 75" in said, said[-3000:]
+    xalign(*train)
+    assert [line["step"] for line in lines(run)] == [1, 2, 3, 4]
+
+
+def maps(pid: int) -> str:
+    """The files that a process has mapped."""
+    return Path(f"/proc/{pid}/maps").read_text(encoding="utf-8")
+
+
+def hears(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.end_to_end
+def test_a_second_job_in_the_same_folder_is_refused_and_touches_nothing(
+    text: Path, tmp_path: Path, xalign: Xalign
+) -> None:
+    run = tmp_path / "run"
+    lock = RunLock(run)
+    lock.take()
+    (run / "checkpoints" / ".step-000002.partial").mkdir(parents=True)  # being saved by the first
+    train = ["train", EXAMPLE, *settings(text, text / "tokens", run, steps=4), "--nproc-per-node", "2"]
+    pipeline = ["--set", "parallel.pipeline_model_parallel_size=2"]
+    refused = xalign(*train, *pipeline, check=False)
+    assert refused.returncode == 1
+    assert f"output_dir={run} is being trained by another job (host" in refused.stderr
+    assert sorted(path.name for path in run.rglob("*")) == [".step-000002.partial", LOCK, "checkpoints"]
+    lock.release()
+    xalign(*train, *pipeline)
+    assert lines(run)[-1]["step"] == 4

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,50 +53,76 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in TIMED} for line in found]
 
 
-def wait_for(what: Callable[[], Any], job: subprocess.Popen[str], logs: Path) -> Any:
+def wait_for(what: Callable[[], Any], job: subprocess.Popen[str]) -> Any:
+    """Wait until something is there; None if the job ended before."""
     deadline = time.monotonic() + 900
-    while time.monotonic() < deadline and job.poll() is None:
+    while job.poll() is None:
         if found := what():
             return found
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    said = "\n".join(path.read_text(errors="replace")[-3000:] for path in sorted(logs.glob("log-*")))
-    raise AssertionError(f"the job ended or nothing came of it: {said}")
+    return None
+
+
+def signal_and_kill(job: subprocess.Popen[str], fake: Path, run: Path) -> None:
+    """Send Slurm's signal to the nodes once the job trains, and kill a process of the second node after the requeue."""
+    if not wait_for(lambda: len(lines(run)) >= 3, job):
+        return
+    for pid in (fake / "tasks-0").read_text().split():
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGUSR1)
+    launchers = wait_for(lambda: (fake / "tasks-1").exists() and (fake / "tasks-1").read_text().split(), job)
+    before = len(lines(run))
+    if launchers and wait_for(lambda: len(lines(run)) >= before + 6, job):
+        with suppress(psutil.NoSuchProcess, IndexError):
+            psutil.Process(int(launchers[1])).children()[-1].kill()
+
+
+def disturbed_job(text: Path, fake: Path, run: Path, env: dict[str, str]) -> bool:
+    """Submit, disturb and check such a job.
+
+    Returns:
+        False if this process was away for so long that the job came to its end undisturbed.
+    """
+    fake.mkdir()
+    job = launch(
+        "slurm", EXAMPLE, *settings(text, run), "--nodes", 2, "--nproc-per-node", 2, "--gpus-per-node", 0,
+        "--time", "01:00:00", "--account", "study", "--sbatch", "constraint=cpu", "--max-restarts", 2,
+        env=env | {"FAKE_SLURM": str(fake)},
+    )
+    try:
+        signal_and_kill(job, fake, run)
+        said, errors = job.communicate(timeout=900)
+    finally:
+        job.kill()
+        job.wait()
+    assert job.returncode == 0 and said.strip().isdigit(), errors
+    seen = json.loads((fake / "seen.json").read_text())
+    logs = [path.read_text(errors="replace") for path in sorted(fake.glob("log-*"))]
+    assert seen["asked"] == {
+        "job-name": "laptop", "nodes": "2", "ntasks-per-node": "1", "cpus-per-task": "14", "time": "01:00:00",
+        "account": "study", "output": "%x-%j.log", "open-mode": "append", "signal": "USR1@300", "requeue": "",
+        "constraint": "cpu",
+    }
+    assert seen["codes"] in ([75, 0], [0]), "\n".join(log[-3000:] for log in logs)
+    if len(logs) == 1 or "restart 1 of 2" not in logs[1]:
+        return False
+    assert "received SIGUSR1" in logs[0]
+    assert "restart 1 of 2, from the last whole checkpoint" in logs[1]
+    return True
 
 
 @pytest.mark.end_to_end
 def test_a_slurm_job_of_two_nodes_requeues_restarts_and_ends_as_if_nothing_had_been(
     text: Path, tmp_path: Path
 ) -> None:
-    fake, run, whole = tmp_path / "slurm", tmp_path / "run", tmp_path / "whole"
-    fake.mkdir()
-    env = environment() | {"PATH": f"{FAKES}{os.pathsep}{os.environ['PATH']}", "FAKE_SLURM": str(fake)}
-    job = launch(
-        "slurm", EXAMPLE, *settings(text, run), "--nodes", 2, "--nproc-per-node", 2, "--gpus-per-node", 0,
-        "--time", "01:00:00", "--account", "study", "--sbatch", "constraint=cpu", "--max-restarts", 2, env=env,
+    env = environment() | {"PATH": f"{FAKES}{os.pathsep}{os.environ['PATH']}"}
+    whole = tmp_path / "whole"
+    run = next(
+        run
+        for run in (tmp_path / str(attempt) for attempt in range(4))
+        if disturbed_job(text, tmp_path / f"slurm-{run.name}", run, env)
     )
-    try:
-        wait_for(lambda: len(lines(run)) >= 3, job, fake)
-        for pid in (fake / "tasks-0").read_text().split():
-            os.kill(int(pid), signal.SIGUSR1)
-        launchers = wait_for(lambda: (fake / "tasks-1").exists() and (fake / "tasks-1").read_text().split(), job, fake)
-        before = len(lines(run))
-        wait_for(lambda: len(lines(run)) >= before + 6, job, fake)
-        victim = psutil.Process(int(launchers[1])).children()[-1]
-        victim.kill()
-        said, errors = job.communicate(timeout=900)
-    finally:
-        job.kill()
-        job.wait()
-    seen = json.loads((fake / "seen.json").read_text())
-    assert seen["codes"] == [75, 0]
-    assert seen["asked"] == {
-        "job-name": "laptop", "nodes": "2", "ntasks-per-node": "1", "cpus-per-task": "14", "time": "01:00:00",
-        "account": "study", "output": "%x-%j.log", "open-mode": "append", "signal": "USR1@300", "requeue": "",
-        "constraint": "cpu",
-    }
-    assert job.returncode == 0 and said.strip().isdigit(), errors
-    assert "received SIGUSR1" in (fake / "log-0").read_text()
-    assert "restart 1 of 2, from the last whole checkpoint" in (fake / "log-1").read_text()
 
     words = ["local", EXAMPLE, *settings(text, whole), "--nproc-per-node", 4]
     planned = launch(*words, "--dry-run", env=env)

@@ -121,7 +121,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_stay
             assert process.stdout is not None and process.stdout.readline() == "writing\n"
         dead, alive = processes
         dead.send_signal(signal.SIGKILL)
-        dead.wait(timeout=60)
+        dead.wait(timeout=300)
         (tmp_path / "finished").write_text("")
         before = names(tmp_path)
         assert len(before) == 7
@@ -135,7 +135,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_stay
     finally:
         for process in processes:
             process.kill()
-            process.wait(timeout=60)
+            process.wait(timeout=300)
     assert len(remove_abandoned(tmp_path, "file")) == 1
     assert len(remove_abandoned(tmp_path, "f")) == 1
     assert len(remove_abandoned(tmp_path)) == 1 and names(tmp_path) == {"finished", "mine"}
@@ -144,7 +144,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_stay
 def gone() -> int:
     """The number of a process that is no more."""
     process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait(timeout=60)
+    process.wait(timeout=300)
     return process.pid
 
 

@@ -83,6 +83,14 @@ def test_a_damaged_newest_is_passed_over_with_a_warning(
         check_whole(newest)
 
 
+def test_where_none_can_be_used_a_person_decides(tmp_path: Path) -> None:
+    for path in (write(tmp_path, 50), write(tmp_path, 100)):
+        damage_size(path)
+    with pytest.raises(CheckpointError, match=r"2 checkpoint\(s\), and none can be used.*move that folder away"):
+        latest_checkpoint(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
     path = write(tmp_path, 1)
     manifest = json.loads((path / "xalign.json").read_text())
@@ -107,6 +115,13 @@ def test_pruning_keeps_the_newest_complete_ones(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000020", "step-000030", "step-000040"]
     with pytest.raises(ValueError, match="negative"):
         prune(tmp_path, -1)
+
+
+def test_pruning_leaves_later_steps_alone_and_does_not_count_them(tmp_path: Path) -> None:
+    """A run that passed over a damaged newest one must not keep that in place of what it writes."""
+    paths = [write(tmp_path, step) for step in (10, 20, 30, 40)]
+    assert prune(tmp_path, 1, newest_step=30) == paths[:2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000030", "step-000040"]
 
 
 def test_leftovers_of_killed_saves_go_and_nothing_else_does(tmp_path: Path) -> None:

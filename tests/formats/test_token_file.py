@@ -287,7 +287,7 @@ def test_a_killed_writer_leaves_nothing_that_a_reader_takes_for_whole(
             companion(prefix, kind).unlink()
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(prefix), str(moment)], env=environment, timeout=60, check=False
+        [sys.executable, "-c", KILLED, str(prefix), str(moment)], env=environment, timeout=300, check=False
     )
     assert done.returncode == -signal.SIGKILL
     for language in (None, "und"):

@@ -363,7 +363,7 @@ def test_a_merge_killed_at_any_moment_leaves_nothing_that_is_read_and_no_litter_
     moment = 0
     while True:
         done = subprocess.run(
-            [sys.executable, "-c", KILLED, str(moment), str(tmp_path)], env=environment, timeout=60, check=False,
+            [sys.executable, "-c", KILLED, str(moment), str(tmp_path)], env=environment, timeout=300, check=False,
             capture_output=True, text=True,
         )
         if done.returncode == 0:

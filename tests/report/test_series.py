@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_xalign.errors import ConfigError, FormatError
 from megatron_xalign.formats.results import Results, Row, write_results
+from megatron_xalign.formats.run_folder import RunFolder
+from megatron_xalign.report.page import write_report
 from megatron_xalign.report.series import RETRIEVAL, read_series
 
 MakeRun = Callable[..., Path]
@@ -26,6 +29,29 @@ def test_runs_are_ordered_by_fraction_whatever_order_they_are_given_in(series_fo
 def test_runs_that_share_a_fraction_carry_their_names(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, 0.1, name=name, steps=STEPS) for name in ("a", "b")]
     assert [run.label for run in read_series(runs).runs] == ["10\u00a0% (a)", "10\u00a0% (b)"]
+
+
+def test_a_scheduled_run_is_known_by_its_mean_and_by_when_its_parallel_text_comes(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    early, late, never = make_run(tmp_path / "a", 0.1), make_run(tmp_path / "b", 0.1), make_run(tmp_path / "c", 0.0)
+    for run, first, second in ((early, 0.4, 0.0), (late, 0.0, 0.4)):
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        tokens = RunFolder(run).config().train_tokens
+        middle = {"until_tokens": tokens // 2, "parallel_fraction": first}
+        config["data"]["mixture"] |= {
+            "parallel_fraction": 0.0, "schedule": [middle, {"until_tokens": 10 * tokens, "parallel_fraction": second}]
+        }
+        config["name"] = "early" if first else "late"
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    series = read_series([late, never, early])
+    assert [(run.label, run.fraction) for run in series.runs] == [
+        ("0\u00a0%", 0.0), ("20\u00a0% on average (early)", 0.2), ("20\u00a0% on average (late)", 0.2)
+    ]
+    page = write_report([early, late], tmp_path / "report").read_text(encoding="utf-8").replace("\u00a0", " ")
+    assert "All runs have the same share of parallel data on average; what differs is when it comes." in page
+    assert "20 % on average: 0 % until 2.46 M tokens, then 40 % until" in page
+    assert "0 % parallel data" not in page.replace("20 %", "").replace("40 %", "")
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(make_run: MakeRun, tmp_path: Path) -> None:

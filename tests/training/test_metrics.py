@@ -12,7 +12,7 @@ import torch
 
 from megatron_xalign.batch import Batch
 from megatron_xalign.errors import FormatError
-from megatron_xalign.training.metrics import LossSums, append_metrics, readable, truncate_metrics
+from megatron_xalign.training.metrics import LossSums, append_metrics, readable, truncate_metrics, with_columns_of
 
 LANGUAGES, SOURCES = ["eng_Latn", "fin_Latn", "ell_Grek"], ["mono", "pairs"]
 
@@ -191,9 +191,37 @@ def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) 
     assert "garbage" in path.read_text(), "nothing may be lost"
 
 
+def test_a_line_of_other_bytes_is_named_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 10}\n{"st\xffep": 20}\n{"step": 30}\n')
+    with pytest.raises(FormatError, match=r"line 2 is not a JSON object with a step.*Take that line out"):
+        truncate_metrics(path, 20)
+    path.write_bytes(b'{"step": 10}\n{"step": 20}\n{"st\xff')
+    truncate_metrics(path, 20)
+    assert path.read_bytes() == b'{"step": 10}\n{"step": 20}\n'
+
+
 def test_a_number_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range"):
         append_metrics(tmp_path / "metrics.jsonl", {"step": 1, "loss": float("nan")})
+
+
+def test_sums_go_on_where_languages_and_sources_are_others() -> None:
+    """As if the second run had been there from the beginning and had none of what is new to it."""
+    batch, loss_BS = random_batch(3)
+    ranks: Any = OneProcess()
+    before = LossSums(LANGUAGES, SOURCES, ranks, ["pairs"])
+    before.add(batch, loss_BS)
+    languages, sources = ["swe_Latn", *LANGUAGES[::-1]], ["web", *SOURCES[::-1]]
+    now = LossSums(languages, sources, ranks, ["pairs"])
+    now.restore(with_columns_of(before.state(), (LANGUAGES, SOURCES), (languages, sources)))
+    line, other = now.take(), before.take()
+    for name in ("loss", "loss_by_language", "loss_by_source", "parallel_fraction"):
+        assert line[name] == other[name]
+    assert line["tokens_by_language"] == other["tokens_by_language"] | {"swe_Latn": 0}
+    assert line["tokens_by_source"] == other["tokens_by_source"] | {"web": 0}
+    with_z = [[1.0] * 11] * 3 + [[0.5]]
+    assert with_columns_of(with_z, (LANGUAGES, SOURCES), (LANGUAGES, SOURCES)) == with_z
 
 
 def test_a_line_for_people_has_what_they_look_for() -> None:

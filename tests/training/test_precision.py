@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_xalign.config import RunConfig, from_tree
+from megatron_xalign.config import RunConfig
+from megatron_xalign.config_tree import from_tree
 from megatron_xalign.errors import ConfigError
 from megatron_xalign.training import precision
 from megatron_xalign.training.backends import Found, choose, look

@@ -64,3 +64,18 @@ def test_without_async_save_nothing_piles_up(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         assert saver.save(step, {}, {}) == step_folder(tmp_path, step)
         assert kept(tmp_path) == [f"step-{step:06d}"]
+
+
+@pytest.mark.usefixtures("begin")
+def test_a_damaged_one_of_a_later_step_does_not_take_the_place_of_a_good_one(tmp_path: Path) -> None:
+    """The run went back to step 20; if it dies at step 35, the checkpoint of step 30 must be there."""
+    (tmp_path / "step-000020").mkdir()
+    (tmp_path / "step-000020" / MANIFEST).write_text("{}")
+    (tmp_path / "step-000040").mkdir()
+    (tmp_path / "step-000040" / MANIFEST).write_text("damaged")
+    saver = build(tmp_path)
+    saver.wait()
+    assert kept(tmp_path) == ["step-000020", "step-000040"]
+    saver.save(30, {}, {})
+    saver.wait()
+    assert kept(tmp_path) == ["step-000030", "step-000040"]

@@ -75,7 +75,26 @@ class Nested:
     def __reduce__(self) -> Any:
         inner = io.BytesIO()
         torch.save(Program(self.mark), inner)
-        return torch.storage._load_from_bytes, (inner.getvalue(),)
+        return torch_reads_storage(), (inner.getvalue(),)
+
+
+def torch_reads_storage() -> Any:
+    """torch's function of that name, also where Megatron-Core 0.19 has put a careful one in its place."""
+    now = torch.storage._load_from_bytes
+    if now.__module__ == "torch.storage":
+        return now
+
+    def _load_from_bytes(content: bytes) -> Any:
+        return torch.load(io.BytesIO(content), weights_only=False)
+
+    _load_from_bytes.__module__, _load_from_bytes.__qualname__ = "torch.storage", "_load_from_bytes"
+    return _load_from_bytes
+
+
+@pytest.fixture(autouse=True)
+def torchs_own_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickles are made as without Megatron-Core 0.19, which another test may have loaded."""
+    monkeypatch.setattr(torch.storage, "_load_from_bytes", torch_reads_storage())
 
 
 def in_bytes(state: Any) -> torch.Tensor:
@@ -96,6 +115,25 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
     return scaling(margin=1)
 
 
+@pytest.fixture
+def core(monkeypatch: pytest.MonkeyPatch, recipe: Any) -> Any:
+    """Settings as Megatron-Core has them, and torch as Megatron-Core 0.19 leaves it."""
+    extension = types.ModuleType("megatron.core.extensions.transformer_engine")
+    scaling = type("TEDelayedScaling", (type(recipe),), {"__module__": extension.__name__})
+    extension.__dict__["TEDelayedScaling"] = scaling
+    monkeypatch.setitem(sys.modules, extension.__name__, extension)
+    safe = types.ModuleType("megatron.core.safe_globals")
+
+    def safe_load_from_bytes(content: bytes) -> Any:
+        return torch.load(io.BytesIO(content), weights_only=True)
+
+    safe_load_from_bytes.__module__, safe_load_from_bytes.__qualname__ = safe.__name__, "safe_load_from_bytes"
+    safe.__dict__["safe_load_from_bytes"] = safe_load_from_bytes
+    monkeypatch.setitem(sys.modules, safe.__name__, safe)
+    monkeypatch.setattr(torch.storage, "_load_from_bytes", safe_load_from_bytes)
+    return scaling(margin=2)
+
+
 def test_scales_and_settings_of_a_run_pass(recipe: Any) -> None:
     scales = {"recipe": recipe, "scale_fwd": torch.ones(3), "amax_history_fwd": torch.rand(16, 3), "extra": {"n": 4}}
     old = io.BytesIO()
@@ -104,6 +142,12 @@ def test_scales_and_settings_of_a_run_pass(recipe: Any) -> None:
         {"a._extra_state": in_bytes(scales), "b._extra_state": None, "c._extra_state": torch.empty(0), "weight": recipe,
          "d._extra_state": old}, "it",
     )
+
+
+def test_what_megatron_core_leaves_in_scales_passes(core: Any) -> None:
+    written = in_bytes({"recipe": core, "scale_fwd": torch.ones(3)})
+    assert b"safe_load_from_bytes" in written.numpy().tobytes() and b"TEDelayedScaling" in written.numpy().tobytes()
+    check_extra_state({"a._extra_state": written}, "it")
 
 
 @pytest.mark.parametrize("kind", [Program, Nested])
