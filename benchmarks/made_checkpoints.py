@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_xalign import names
 from megatron_xalign.config import RunConfig
-from megatron_xalign.config_tree import to_tree
+from megatron_xalign.config.tree import to_tree
 from megatron_xalign.formats.checkpoint_folder import FORMAT, MANIFEST
 from megatron_xalign.formats.checkpoint_writer import CheckpointWriter
 

@@ -33,7 +33,7 @@ from measure import Command, answer, print_result, run_once
 
 from megatron_xalign import _native
 from megatron_xalign.config import DataConfig, MixtureConfig, RunConfig, SourceConfig, TrainingConfig
-from megatron_xalign.config_tree import to_tree
+from megatron_xalign.config.tree import to_tree
 from megatron_xalign.data.audit import audit_order
 from megatron_xalign.data.index_cache import IndexCache
 from megatron_xalign.data.mixture import MixturePlan, SourceText, plan_mixture
@@ -301,7 +301,7 @@ def _start_config(folder: Path, num_samples: int, seq_length: int) -> RunConfig:
 
 
 def _open(config_path: Path) -> dict[str, float]:
-    from megatron_xalign.config_tree import from_tree
+    from megatron_xalign.config.tree import from_tree
     from megatron_xalign.data.blend import build_blend
 
     config = from_tree(RunConfig, json.loads(config_path.read_text(encoding="utf-8")))

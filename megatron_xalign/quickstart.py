@@ -26,7 +26,7 @@ from megatron_xalign.config import (
     SourceConfig,
     TrainingConfig,
 )
-from megatron_xalign.config_tree import to_yaml
+from megatron_xalign.config.tree import to_yaml
 from megatron_xalign.errors import ConfigError
 from megatron_xalign.formats.atomic import read_json, write_json, write_text
 from megatron_xalign.formats.run_folder import RunFolder, check_same_run

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from megatron_xalign import launch, workflows
 from megatron_xalign.config import RunConfig, read_config
-from megatron_xalign.config_tree import to_yaml
+from megatron_xalign.config.tree import to_yaml
 from megatron_xalign.errors import ConfigError, XAlignError
 from megatron_xalign.formats.atomic import read_json, write_json, write_text
 from megatron_xalign.formats.run_folder import RunFolder, check_same_run

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from megatron_xalign import job_script, workflows
-from megatron_xalign.config_tree import to_yaml
+from megatron_xalign.config.tree import to_yaml
 from megatron_xalign.errors import ConfigError
 from megatron_xalign.formats.atomic import write_text
 from megatron_xalign.study import SlurmConfig, StudyPlan, StudyRun

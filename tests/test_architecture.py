@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_xalign"
 ROOMS = ("data", "training", "capture", "analysis", "steering", "report", "convert", "evaluation")
 FLOOR = (
-    "errors", "config", "config_tree", "batch", "batch_sizes", "progress", "signals", "names", "residual", "topology",
+    "errors", "config", "batch", "batch_sizes", "progress", "signals", "names", "residual", "topology",
     "platform",
     "formats",
     "_native",
@@ -57,7 +57,7 @@ def test_rooms_do_not_import_one_another(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "formats").glob("*.py")), ids=lambda path: path.name)
 def test_formats_rest_on_the_floor_only(path: Path) -> None:
-    allowed = (None, "formats", "errors", "config", "config_tree", "names", "progress", "__version__")
+    allowed = (None, "formats", "errors", "config", "names", "progress", "__version__")
     for module in imports_of(path):
         assert own_part(module) in allowed, module
 

@@ -20,7 +20,7 @@ from megatron_xalign.config import (
     TrainingConfig,
     read_config,
 )
-from megatron_xalign.config_tree import from_tree, to_yaml
+from megatron_xalign.config.tree import from_tree, to_yaml
 from megatron_xalign.errors import ConfigError
 
 

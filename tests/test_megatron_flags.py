@@ -9,7 +9,7 @@ import yaml
 
 from megatron_xalign.cli import main
 from megatron_xalign.config import RunConfig, read_config
-from megatron_xalign.config_tree import from_tree
+from megatron_xalign.config.tree import from_tree
 from megatron_xalign.errors import ConfigError
 from megatron_xalign.megatron_flags import FLAGS, IMPLIED, flag_table, settings_of, translate
 

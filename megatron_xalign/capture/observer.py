@@ -39,7 +39,7 @@ from megatron_xalign.capture.samples import NeuronSamples
 from megatron_xalign.capture.scores import ScoreFunctions, append_scores, numbers_by_layer, score_probe, score_stream
 from megatron_xalign.capture.writing import agree, error_of, holds_totals, residual_columns, write_statistics
 from megatron_xalign.config import RunConfig
-from megatron_xalign.config_tree import to_tree
+from megatron_xalign.config.tree import to_tree
 from megatron_xalign.errors import CheckpointError, ConfigError
 from megatron_xalign.formats import neuron_samples
 from megatron_xalign.formats.neuron_stats import StatsIndex, stats_folder

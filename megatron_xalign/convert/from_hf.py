@@ -20,7 +20,7 @@ import torch
 
 from megatron_xalign import __version__, names
 from megatron_xalign.config import DataConfig, ModelConfig, RunConfig
-from megatron_xalign.config_tree import to_tree
+from megatron_xalign.config.tree import to_tree
 from megatron_xalign.convert.safetensors_files import FolderTensors
 from megatron_xalign.convert.to_hf import DTYPES
 from megatron_xalign.convert.tokenizer_files import ROLES, special_ids_of_config

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_xalign import names
 from megatron_xalign.config import ModelConfig
-from megatron_xalign.config_tree import from_tree
+from megatron_xalign.config.tree import from_tree
 from megatron_xalign.errors import CheckpointError, ConfigError
 from megatron_xalign.formats.checkpoint import METADATA, CheckpointReader
 from megatron_xalign.formats.torch_archive import plain_attributes

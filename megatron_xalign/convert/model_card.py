@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_xalign import __version__
 from megatron_xalign.config import RunConfig
-from megatron_xalign.config_tree import to_yaml
+from megatron_xalign.config.tree import to_yaml
 from megatron_xalign.convert.source import Source
 from megatron_xalign.formats.atomic import read_json
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_xalign import names
 from megatron_xalign.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from megatron_xalign.config_tree import from_tree
+from megatron_xalign.config.tree import from_tree
 from megatron_xalign.convert import megatron_lm
 from megatron_xalign.convert.tokenizer_files import TokenizerFiles, read_tokenizer
 from megatron_xalign.errors import CheckpointError, ConfigError, FormatError

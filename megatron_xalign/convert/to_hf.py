@@ -21,7 +21,7 @@ import torch
 
 from megatron_xalign import __version__, names
 from megatron_xalign.config import RunConfig
-from megatron_xalign.config_tree import to_yaml
+from megatron_xalign.config.tree import to_yaml
 from megatron_xalign.convert.model_card import model_card, run_files
 from megatron_xalign.convert.source import Source, read_source
 from megatron_xalign.convert.stream import Announced, is_written, open_stream, plan_shards, shard_index

@@ -28,7 +28,7 @@ from typing import Any
 
 from megatron_xalign import __version__
 from megatron_xalign.config import RunConfig, read_config
-from megatron_xalign.config_tree import to_tree, to_yaml
+from megatron_xalign.config.tree import to_tree, to_yaml
 from megatron_xalign.errors import ConfigError, FormatError
 from megatron_xalign.formats.atomic import read_json, write_json, write_text
 

@@ -27,7 +27,7 @@ from megatron_xalign import topology
 from megatron_xalign.batch import Batch, CurrentBatch, collate
 from megatron_xalign.capture.recorder import Recorder
 from megatron_xalign.config import RunConfig
-from megatron_xalign.config_tree import from_tree, to_tree
+from megatron_xalign.config.tree import from_tree, to_tree
 from megatron_xalign.training import backends, checkpoint, loop
 from megatron_xalign.training.forward import build_forward_only
 from megatron_xalign.training.model import build_model, padded_vocab_size

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_xalign.config_tree import to_yaml
+from megatron_xalign.config.tree import to_yaml
 from megatron_xalign.formats.results import Row
 from megatron_xalign.report.answer import best_retrieval
 from megatron_xalign.report.series import RETRIEVAL, Run, Series

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_xalign import topology
 from megatron_xalign.config import ParallelConfig, ParamsDtype, RunConfig
-from megatron_xalign.config_tree import from_tree
+from megatron_xalign.config.tree import from_tree
 from megatron_xalign.errors import CheckpointError
 from megatron_xalign.formats.checkpoint_folder import MANIFEST, read_manifest
 from megatron_xalign.training.checkpoint import load_weights, unwrap

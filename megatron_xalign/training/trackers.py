@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xalign.config import LoggingConfig, RunConfig
-from megatron_xalign.config_tree import to_tree
+from megatron_xalign.config.tree import to_tree
 from megatron_xalign.errors import ConfigError
 from megatron_xalign.formats.event_file import EventFile
 

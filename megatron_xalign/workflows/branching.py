@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_xalign.batch_sizes import batch_sizes
 from megatron_xalign.config import RunConfig
-from megatron_xalign.config_tree import from_tree
+from megatron_xalign.config.tree import from_tree
 from megatron_xalign.errors import CheckpointError, ConfigError, CorpusError, FormatError
 from megatron_xalign.formats.run_folder import differing_settings
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_xalign.config import RunConfig
-from megatron_xalign.config_tree import read_yaml
+from megatron_xalign.config.tree import read_yaml
 from megatron_xalign.errors import CheckpointError
 from megatron_xalign.formats.atomic import read_json, sha256_of, write_json
 from megatron_xalign.formats.run_folder import RunFolder

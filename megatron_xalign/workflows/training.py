@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_xalign.config import DataConfig, RunConfig, TrainingConfig
-from megatron_xalign.config_tree import to_tree, to_yaml
+from megatron_xalign.config.tree import to_tree, to_yaml
 from megatron_xalign.errors import ConfigError, CorpusError, XAlignError
 from megatron_xalign.formats.atomic import write_json
 from megatron_xalign.formats.run_folder import RunFolder, check_same_run, command_line, start_run

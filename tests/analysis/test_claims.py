@@ -10,7 +10,7 @@ import pytest
 from megatron_xalign.analysis import retrieval
 from megatron_xalign.analysis.claims import Claim, weigh_claims
 from megatron_xalign.config import CaptureConfig, DataConfig, MixtureConfig, RunConfig
-from megatron_xalign.config_tree import to_yaml
+from megatron_xalign.config.tree import to_yaml
 from megatron_xalign.errors import FormatError
 from megatron_xalign.formats.results import Results, Row, write_results
 

@@ -14,7 +14,7 @@ from megatron_xalign.analysis import neurons, projection, resampling, retrieval,
 from megatron_xalign.analysis.series import LEAST_UNSHARED, AnalysisOptions, analyze_run
 from megatron_xalign.analysis.vocabulary import ProbeTokens
 from megatron_xalign.config import CaptureConfig, DataConfig, MixtureConfig, RunConfig, TrainingConfig
-from megatron_xalign.config_tree import to_yaml
+from megatron_xalign.config.tree import to_yaml
 from megatron_xalign.errors import FormatError
 from megatron_xalign.formats.neuron_stats import (
     PROBE_ARRAYS,

@@ -33,7 +33,7 @@ from megatron_xalign.batch import CurrentBatch, collate
 from megatron_xalign.capture.observer import NeuronObserver
 from megatron_xalign.capture.probe import ProbeSentence
 from megatron_xalign.config import RunConfig
-from megatron_xalign.config_tree import from_tree
+from megatron_xalign.config.tree import from_tree
 from megatron_xalign.workflows.training import _score_functions
 
 LANGUAGES = ("eng_Latn", "fin_Latn")

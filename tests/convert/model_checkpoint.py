@@ -12,7 +12,7 @@ import torch
 from torch_dist_folder import Chunks, stacked, write_torch_dist
 
 from megatron_xalign.config import DataConfig, ModelConfig, RunConfig
-from megatron_xalign.config_tree import to_tree
+from megatron_xalign.config.tree import to_tree
 from megatron_xalign.formats.checkpoint_folder import FORMAT, describe_file
 
 VOCAB, PADDED, LENGTH, EOD = 203, 256, 16, 0

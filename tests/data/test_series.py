@@ -12,7 +12,7 @@ import pytest
 
 from megatron_xalign import cli
 from megatron_xalign.config import DataConfig, MixtureConfig, RunConfig, SourceConfig, TrainingConfig
-from megatron_xalign.config_tree import to_yaml
+from megatron_xalign.config.tree import to_yaml
 from megatron_xalign.data.blend import build_blend
 from megatron_xalign.data.series import compare_blends, compare_series
 from megatron_xalign.errors import ConfigError

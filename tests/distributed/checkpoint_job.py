@@ -22,7 +22,7 @@ import torch
 from megatron_xalign import topology
 from megatron_xalign.batch import Batch, collate
 from megatron_xalign.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
-from megatron_xalign.config_tree import from_tree, to_tree
+from megatron_xalign.config.tree import from_tree, to_tree
 from megatron_xalign.errors import CheckpointError, XAlignError
 
 VOCAB, LENGTH, STEPS, SAVED_AT = 203, 16, 6, 3

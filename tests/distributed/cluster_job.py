@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_xalign import platform
 from megatron_xalign.config import ModelConfig, ParallelConfig
-from megatron_xalign.config_tree import from_tree
+from megatron_xalign.config.tree import from_tree
 
 
 def rehearse(

@@ -11,7 +11,7 @@ import torch
 
 from megatron_xalign import topology
 from megatron_xalign.config import ParallelConfig, RunConfig
-from megatron_xalign.config_tree import from_tree
+from megatron_xalign.config.tree import from_tree
 from megatron_xalign.formats.checkpoint_folder import read_manifest
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_xalign import topology
 from megatron_xalign.batch import Batch, collate
 from megatron_xalign.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
-from megatron_xalign.config_tree import from_tree
+from megatron_xalign.config.tree import from_tree
 from megatron_xalign.errors import XAlignError
 
 MODEL = ModelConfig(num_layers=1, hidden_size=16, ffn_hidden_size=16, num_attention_heads=2)

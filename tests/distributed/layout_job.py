@@ -18,7 +18,7 @@ from megatron_xalign import topology
 from megatron_xalign.batch import Batch, CurrentBatch, collate
 from megatron_xalign.batch_sizes import batch_sizes
 from megatron_xalign.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
-from megatron_xalign.config_tree import from_tree
+from megatron_xalign.config.tree import from_tree
 
 STEPS, SAVED_AT, LAYERS, GLOBAL_BATCH = 20, 10, 4, 4
 MODEL: dict[str, Any] = {

@@ -15,7 +15,7 @@ from checkpoint_job import LANGUAGES
 from megatron_xalign import topology
 from megatron_xalign.batch import Batch, CurrentBatch, collate
 from megatron_xalign.config import RunConfig
-from megatron_xalign.config_tree import from_tree, to_tree
+from megatron_xalign.config.tree import from_tree, to_tree
 
 VOCAB, LENGTH, BATCH = 256, 32, 8
 MODEL = {

@@ -13,7 +13,7 @@ import torch
 
 from megatron_xalign import topology
 from megatron_xalign.config import ParallelConfig
-from megatron_xalign.config_tree import from_tree
+from megatron_xalign.config.tree import from_tree
 from megatron_xalign.errors import ConfigError, WorkerError
 
 

@@ -16,7 +16,7 @@ import torch
 from megatron_xalign import topology
 from megatron_xalign.batch import Batch, CurrentBatch, collate
 from megatron_xalign.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
-from megatron_xalign.config_tree import from_tree
+from megatron_xalign.config.tree import from_tree
 
 VOCAB, LENGTH, STEPS, GLOBAL_BATCH = 256, 32, 10, 8
 LANGUAGES, SOURCES = ("eng_Latn", "fin_Latn"), ("monolingual", "parallel")

@@ -16,7 +16,7 @@ from test_to_hf import write_tokenizer
 from megatron_xalign import workflows
 from megatron_xalign.cli import main
 from megatron_xalign.config import DataConfig
-from megatron_xalign.config_tree import to_yaml
+from megatron_xalign.config.tree import to_yaml
 from megatron_xalign.errors import CorpusError
 from megatron_xalign.evaluation import model as models
 from megatron_xalign.evaluation.lm_eval_tasks import measured, write_tasks

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_xalign.config import RunConfig
-from megatron_xalign.config_tree import from_tree
+from megatron_xalign.config.tree import from_tree
 from megatron_xalign.errors import FormatError
 from megatron_xalign.formats.run_folder import RunFolder, start_run
 

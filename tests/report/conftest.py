@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_xalign.config import RunConfig
-from megatron_xalign.config_tree import from_tree, to_yaml
+from megatron_xalign.config.tree import from_tree, to_yaml
 from megatron_xalign.formats.atomic import write_json, write_text
 from megatron_xalign.formats.results import Results, Row, write_results
 

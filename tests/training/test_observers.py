@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_xalign.config import ObserverConfig, RunConfig
-from megatron_xalign.config_tree import from_tree, to_tree
+from megatron_xalign.config.tree import from_tree, to_tree
 from megatron_xalign.errors import ConfigError, XAlignError
 from megatron_xalign.formats.run_folder import differing_settings
 from megatron_xalign.topology import LocalPart

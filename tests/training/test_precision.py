@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_xalign.config import RunConfig
-from megatron_xalign.config_tree import from_tree
+from megatron_xalign.config.tree import from_tree
 from megatron_xalign.errors import ConfigError
 from megatron_xalign.training import precision
 from megatron_xalign.training.backends import Found, choose, look
