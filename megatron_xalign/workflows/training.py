@@ -10,18 +10,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_xalign.config import DataConfig, RunConfig, TrainingConfig
+from megatron_xalign.config import RunConfig, TrainingConfig
 from megatron_xalign.config.tree import to_tree, to_yaml
-from megatron_xalign.errors import ConfigError, CorpusError, XAlignError
+from megatron_xalign.errors import ConfigError, XAlignError
 from megatron_xalign.formats.atomic import write_json
+from megatron_xalign.formats.checkpoint_folder import checkpoint_folders, remove_leftovers
 from megatron_xalign.formats.run_folder import RunFolder, check_same_run, command_line, start_run
 from megatron_xalign.formats.run_lock import RunLock
 from megatron_xalign.job_script import check_processes
-from megatron_xalign.workflows.branching import check_same_data, plan_branch
+from megatron_xalign.workflows.branching import Branch, check_same_data, plan_branch
+from megatron_xalign.workflows.inputs import RunInputs, ids_of_model, read_inputs, read_tokenizer
 
 if TYPE_CHECKING:
-    from megatron_xalign.topology import Ranks
-    from megatron_xalign.training.observers import ObserverFactory, StatefulObserver
+    from megatron_xalign.batch import CurrentBatch
+    from megatron_xalign.topology import ObserverState, Ranks
+    from megatron_xalign.training.loop import LossState
+    from megatron_xalign.training.observers import Observer, ObserverFactory
+    from megatron_xalign.training.optimizer import Optimizer
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +41,12 @@ def audit_blend(
     ``most_characters``.
     """
     from megatron_xalign.data import blend as job
-    from megatron_xalign.data.tokenizer import Tokenizer
 
     blend = job.build_blend(config)
     audit = blend.audit(data_parallel_sizes)
     samples = []
     if num_samples:
-        tokenizer = Tokenizer.load(_required(config.data.tokenizer, "data.tokenizer"))
-        samples = job.readable_samples(blend, tokenizer.decode, num_samples, most_characters)
+        samples = job.readable_samples(blend, read_tokenizer(config).decode, num_samples, most_characters)
     return audit, job.describe_audit(audit), samples
 
 
@@ -67,165 +70,54 @@ def train(config: RunConfig, observers: Sequence[ObserverFactory] = ()) -> Path:
     """
     from megatron_xalign import launch, topology
     from megatron_xalign.batch import CurrentBatch
-    from megatron_xalign.batch_sizes import batch_sizes
-    from megatron_xalign.capture.observer import NeuronObserver
-    from megatron_xalign.data.blend import build_blend
-    from megatron_xalign.data.evaluation import build_evaluation
-    from megatron_xalign.data.tokenizer import Tokenizer
-    from megatron_xalign.formats.checkpoint_folder import checkpoint_folders, remove_leftovers
-    from megatron_xalign.formats.token_file import check_same_tokenizer
-    from megatron_xalign.training import backends, checkpoint, loop
+    from megatron_xalign.training import backends, loop
+    from megatron_xalign.training.checkpoint import latest_checkpoint, load_weights
     from megatron_xalign.training.export import HfExporter
-    from megatron_xalign.training.forward import build_forward_only
     from megatron_xalign.training.guard import build_guard
     from megatron_xalign.training.heartbeat import Heartbeat
     from megatron_xalign.training.loading import batches_of
-    from megatron_xalign.training.metrics import with_columns_of
     from megatron_xalign.training.model import build_model, padded_vocab_size
-    from megatron_xalign.training.observers import (
-        Observer,
-        RunContext,
-        StatefulObserver,
-        build_observers,
-        find_factories,
-        listens,
-    )
+    from megatron_xalign.training.observers import find_factories
     from megatron_xalign.training.optimizer import build_optimizer
-    from megatron_xalign.training.saver import Saver
     from megatron_xalign.training.sizes import flops_per_token
     from megatron_xalign.training.trackers import build_trackers
-    from megatron_xalign.training.validation import ValidationObserver
 
     factories = [*find_factories(config.observers), *observers]
-    tokenizer = Tokenizer.load(_required(config.data.tokenizer, "data.tokenizer"))
-    blend = build_blend(config)
-    for windows in blend.windows:
-        check_same_tokenizer(windows.file.manifest, tokenizer)
-    fingerprint = blend.fingerprint()
-    # With budget_rule=add the parallel text makes the run longer than asked.
-    training = dataclasses.replace(config.training, train_steps=blend.train_steps)
-    sizes = batch_sizes(training)
-    probe = _tokenized_probe(config.data, tokenizer) if config.capture else []
-    held_out = build_evaluation(config) if training.eval_interval_steps else None
-    run, num_ids = RunFolder(Path(config.output_dir)), _num_ids(config, tokenizer)
-    branch = None
-    if training.load_state is not None and not checkpoint_folders(run.checkpoints):
-        branch = plan_branch(config, blend, num_ids, tokenizer.sha256)
+    run = RunFolder(Path(config.output_dir))
+    inputs = read_inputs(config, is_begun=bool(checkpoint_folders(run.checkpoints)))
+    blend, training, sizes = inputs.blend, inputs.training, inputs.sizes
     # Before anything is built: what cannot run here is said now.
     choice = backends.choose(config, backends.look(int(os.environ.get("LOCAL_RANK", "0"))))
     with topology.start(config.parallel, config.seed) as ranks, _only_job(run, ranks):
         loop.check_batches(training, ranks)
-        vocab_size = padded_vocab_size(num_ids, config.model.make_vocab_size_divisible_by, ranks.tensor_size)
+        vocab_size = padded_vocab_size(inputs.num_ids, config.model.make_vocab_size_divisible_by, ranks.tensor_size)
         if ranks.rank == 0:
-            # What a killed save left may be all the room there is.
-            remove_leftovers(run.checkpoints)
-            layout = {
-                "world_size": ranks.world_size, "tensor_size": ranks.tensor_size,
-                "pipeline_size": ranks.pipeline_size, "data_size": ranks.data_size,
-                "context_size": ranks.context_size, "virtual_size": ranks.virtual_size,
-            }
-            facts = {
-                "padded_vocab_size": vocab_size, "train_steps": sizes.num_steps,
-                "unigram_entropy": blend.unigram_entropy(), **(branch.facts() if branch is not None else {}),
-            }
-            start_run(config, command_line(), layout, facts)
-            write_json(run.audit_path, blend.audit([ranks.data_size]))
+            _open_folder(run, inputs, vocab_size, ranks)
             log.info("%s: %s.", config.precision_name, choice.describe())
         ranks.barrier()
         model_chunks = build_model(
             config.model, padded_vocab_size=vocab_size, seq_length=config.data.seq_length, parallel=config.parallel,
             params_dtype=config.params_dtype, recompute=config.training.recompute, ranks=ranks,
-            seed=config.seed, vocab_size=num_ids, reset_position_ids=config.data.reset_position_ids,
+            seed=config.seed, vocab_size=inputs.num_ids, reset_position_ids=config.data.reset_position_ids,
             reset_attention_mask=config.data.reset_attention_mask, training=training, choice=choice,
         )
-        newest = checkpoint.latest_checkpoint(run.checkpoints, ranks)
+        newest = latest_checkpoint(run.checkpoints, ranks)
         if newest is None and config.training.load_weights is not None:
             # Before the optimizer is built, which copies them to its main weights.
-            checkpoint.load_weights(config.training.load_weights, model_chunks, ranks)
+            load_weights(config.training.load_weights, model_chunks, ranks)
             log.info("weights of %s.", config.training.load_weights)
         optimizer = build_optimizer(
             model_chunks, config.optimizer, parallel=config.parallel, params_dtype=config.params_dtype,
             train_steps=blend.train_steps, schedule_unit=sizes.schedule_unit, fp16=config.fp16, choice=choice,
         )
-        start_step, loss_state = 0, None
-        origin = newest if newest is not None else branch.checkpoint if branch is not None else None
-        if origin is not None:
-            loaded = checkpoint.load_checkpoint(
-                origin, model_chunks, optimizer.megatron, optimizer.scheduler, ranks, new_schedule=newest is None
-            )
-            start_step, loss_state = loaded["step"], loaded["extra"]["loss_sums"]
-        if newest is not None:
-            check_same_data(newest, loaded["extra"].get("data"), fingerprint, training.allow_changed_data)
-            log.info("continuing from %s.", newest)
-            if ranks.rank == 0:
-                _warn_of_lost_metrics(run, start_step, training)
-        elif branch is not None:
-            log.info("this run %s.", branch.describe())
-            if branch.counted is None or loss_state is None:
-                if ranks.rank == 0:
-                    log.warning("tokens of languages and sources are counted from here on.")
-                loss_state = None
-            else:
-                loss_state = with_columns_of(loss_state, branch.counted, (blend.languages, blend.source_names))
+        state = _State(run, inputs, ranks, model_chunks, optimizer)
+        start_step, loss_state = state.begin(newest)
         current_batch = CurrentBatch()
-        forward_only = build_forward_only(model_chunks, ranks, current_batch)
-        own = build_observers(factories, RunContext(
-            config=dataclasses.replace(config, training=training), run_folder=run.path, ranks=ranks,
-            model_chunks=model_chunks, forward_only=forward_only, current_batch=current_batch,
-            languages=blend.languages, source_names=blend.source_names, train_steps=sizes.num_steps,
-            start_step=start_step,
-        ))
-        for observer in own:
-            if origin is not None and isinstance(observer, StatefulObserver):
-                _restore(observer, origin, ranks)
-        # What runs the model comes before what listens to it.
-        watching: list[Observer] = [observer for observer in own if not listens(observer)]
-        if held_out is not None:
-            watching.append(
-                ValidationObserver(
-                    held_out, training, seq_length=config.data.seq_length, ranks=ranks, forward_only=forward_only,
-                    languages=held_out.languages, source_names=held_out.source_names, path=run.validation_path,
-                    start_step=start_step,
-                )
-            )
-        if config.capture:
-            neurons = NeuronObserver(
-                dataclasses.replace(config, training=training), model_chunks=model_chunks, ranks=ranks,
-                current_batch=current_batch, forward_only=forward_only, probe=probe, languages=blend.languages,
-                eod_id=tokenizer.eod, score=_score_functions(),
-            )
-            if origin is not None and (newest is not None or (branch is not None and branch.keeps_neurons)):
-                _restore(neurons, origin, ranks)
-            watching.append(neurons)
-        watching += [observer for observer in own if listens(observer)]
-
-        saver = Saver(run.checkpoints, training, ranks, model_chunks, optimizer.megatron, optimizer.scheduler)
+        watching = _build_observers(state, factories, current_batch, start_step)
+        state.observers = [*watching]
         guard = build_guard(training, ranks, check_gradients=config.fp16 is None)
-        if guard is not None and origin is not None:
-            _restore(guard, origin, ranks)
-
-        def rewind() -> tuple[int, loop.LossState]:
-            saver.wait()
-            last = checkpoint.latest_checkpoint(run.checkpoints, ranks)
-            if last is None:
-                raise ConfigError(
-                    "there is no checkpoint to go back to yet; use the policy skip, or a smaller "
-                    "training.save_interval_steps."
-                )
-            found = checkpoint.load_checkpoint(last, model_chunks, optimizer.megatron, optimizer.scheduler, ranks)
-            for observer in watching:
-                if isinstance(observer, StatefulObserver):
-                    _restore(observer, last, ranks)
-            return found["step"], found["extra"]["loss_sums"]
-
-        def save(step: int, loss_sums: loop.LossState, states: dict[str, topology.ObserverState]) -> Path:
-            extra = {
-                "config": to_tree(config), "vocab_size": num_ids, "tokenizer_sha256": tokenizer.sha256,
-                "consumed_samples": sizes.samples_before(step), "loss_sums": loss_sums,
-                "data": fingerprint,
-            }
-            return saver.save(step, extra, states)
-
+        if guard is not None:
+            state.go_on(guard)
         if ranks.rank == 0:
             # First in the list, so the last to hear of a step: capture has added its scores by then.
             watching[:0] = build_trackers(config, run.path, start_step)
@@ -240,26 +132,179 @@ def train(config: RunConfig, observers: Sequence[ObserverFactory] = ()) -> Path:
             prefetch_factor=config.data.prefetch_factor, pin_memory=ranks.device.type == "cuda",
         ) as get_batch:
             loop.fit(
-                model_chunks, optimizer, get_batch, training, ranks, metrics_path=run.metrics_path, save=save,
+                model_chunks, optimizer, get_batch, training, ranks, metrics_path=run.metrics_path, save=state.save,
                 languages=blend.languages, source_names=blend.source_names,
                 parallel_sources=[item.text.name for item in blend.plan.sources if item.text.origin == "parallel"],
                 flops_per_token=flops_per_token(config.model, vocab_size, config.data.seq_length),
                 observers=watching, current_batch=current_batch, start_step=start_step, loss_state=loss_state,
-                guard=guard, rewind=rewind, heartbeat=heartbeat,
-                completed=saver.completed if training.async_save else None,
+                guard=guard, rewind=state.rewind, heartbeat=heartbeat,
+                completed=state.saver.completed if training.async_save else None,
             )
-            saver.wait()
+            state.saver.wait()
     return run.path
 
 
-def _restore(observer: StatefulObserver, folder: Path, ranks: Ranks) -> None:
+def _open_folder(run: RunFolder, inputs: RunInputs, vocab_size: int, ranks: Ranks) -> None:
+    """Write down what this start of the run is; the first process does it."""
+    # What a killed save left may be all the room there is.
+    remove_leftovers(run.checkpoints)
+    layout = {
+        "world_size": ranks.world_size, "tensor_size": ranks.tensor_size,
+        "pipeline_size": ranks.pipeline_size, "data_size": ranks.data_size,
+        "context_size": ranks.context_size, "virtual_size": ranks.virtual_size,
+    }
+    facts = {
+        "padded_vocab_size": vocab_size, "train_steps": inputs.sizes.num_steps,
+        "unigram_entropy": inputs.blend.unigram_entropy(),
+        **(inputs.branch.facts() if inputs.branch is not None else {}),
+    }
+    start_run(inputs.config, command_line(), layout, facts)
+    write_json(run.audit_path, inputs.blend.audit([ranks.data_size]))
+
+
+class _State:
+    """What a checkpoint is of: a model, its optimizer and its observers, loaded, saved and put back."""
+
+    def __init__(
+        self, run: RunFolder, inputs: RunInputs, ranks: Ranks, model_chunks: Sequence[Any], optimizer: Optimizer
+    ) -> None:
+        from megatron_xalign.training.saver import Saver
+
+        self.run, self.inputs, self.ranks = run, inputs, ranks
+        self.model_chunks, self.optimizer = model_chunks, optimizer
+        self.observers: list[Observer] = []
+        """Those that go back with it."""
+        self.saver = Saver(
+            run.checkpoints, inputs.training, ranks, model_chunks, optimizer.megatron, optimizer.scheduler
+        )
+        self._fingerprint = inputs.blend.fingerprint()
+        self._origin: Path | None = None
+        self.keeps_neurons = True
+        """Whether capture goes on from what it had."""
+
+    def begin(self, newest: Path | None) -> tuple[int, LossState | None]:
+        """Go on from the run's newest checkpoint, or from another run's; the steps done and the loss sums there."""
+        training, branch = self.inputs.training, self.inputs.branch
+        if newest is not None:
+            self._origin = newest
+            step, extra = self._load(newest)
+            check_same_data(newest, extra.get("data"), self._fingerprint, training.allow_changed_data)
+            log.info("continuing from %s.", newest)
+            if self.ranks.rank == 0:
+                _warn_of_lost_metrics(self.run, step, training)
+            return step, extra["loss_sums"]
+        if branch is not None:
+            self._origin, self.keeps_neurons = branch.checkpoint, branch.keeps_neurons
+            step, extra = self._load(branch.checkpoint, new_schedule=True)
+            log.info("this run %s.", branch.describe())
+            return step, self._counted_so_far(extra["loss_sums"], branch)
+        return 0, None
+
+    def go_on(self, observer: object) -> None:
+        """Let an observer that has a state go on from where this start of the run began."""
+        if self._origin is not None:
+            _restore(observer, self._origin, self.ranks)
+
+    def _load(self, checkpoint: Path, new_schedule: bool = False) -> tuple[int, dict[str, Any]]:
+        from megatron_xalign.training.checkpoint import load_checkpoint
+
+        found = load_checkpoint(
+            checkpoint, self.model_chunks, self.optimizer.megatron, self.optimizer.scheduler, self.ranks,
+            new_schedule=new_schedule,
+        )
+        return found["step"], found["extra"]
+
+    def _counted_so_far(self, loss_state: LossState | None, branch: Branch) -> LossState | None:
+        """The other run's sums of loss and tokens, as far as this one has the same languages and sources."""
+        from megatron_xalign.training.metrics import with_columns_of
+
+        if branch.counted is None or loss_state is None:
+            if self.ranks.rank == 0:
+                log.warning("tokens of languages and sources are counted from here on.")
+            return None
+        blend = self.inputs.blend
+        return with_columns_of(loss_state, branch.counted, (blend.languages, blend.source_names))
+
+    def save(self, step: int, loss_sums: LossState, states: dict[str, ObserverState]) -> Path:
+        """Write the checkpoint of a step."""
+        extra = {
+            "config": to_tree(self.inputs.config), "vocab_size": self.inputs.num_ids,
+            "tokenizer_sha256": self.inputs.tokenizer.sha256,
+            "consumed_samples": self.inputs.sizes.samples_before(step), "loss_sums": loss_sums,
+            "data": self._fingerprint,
+        }
+        return self.saver.save(step, extra, states)
+
+    def rewind(self) -> tuple[int, LossState]:
+        """Put everything back to the last checkpoint; its step and loss sums."""
+        from megatron_xalign.training.checkpoint import latest_checkpoint
+
+        self.saver.wait()
+        last = latest_checkpoint(self.run.checkpoints, self.ranks)
+        if last is None:
+            raise ConfigError(
+                "there is no checkpoint to go back to yet; use the policy skip, or a smaller "
+                "training.save_interval_steps."
+            )
+        step, extra = self._load(last)
+        for observer in self.observers:
+            _restore(observer, last, self.ranks)
+        return step, extra["loss_sums"]
+
+
+def _build_observers(
+    state: _State, factories: Sequence[ObserverFactory], current_batch: CurrentBatch, start_step: int
+) -> list[Observer]:
+    """The user's observers, validation and capture, as they were where the run goes on from.
+
+    What runs the model comes before what listens to it.
+    """
+    from megatron_xalign.capture.observer import NeuronObserver
+    from megatron_xalign.training.forward import build_forward_only
+    from megatron_xalign.training.observers import RunContext, build_observers, listens
+    from megatron_xalign.training.validation import ValidationObserver
+
+    inputs, ranks, model_chunks = state.inputs, state.ranks, state.model_chunks
+    blend, training = inputs.blend, inputs.training
+    config = dataclasses.replace(inputs.config, training=training)
+    forward_only = build_forward_only(model_chunks, ranks, current_batch)
+    own = build_observers(factories, RunContext(
+        config=config, run_folder=state.run.path, ranks=ranks, model_chunks=model_chunks, forward_only=forward_only,
+        current_batch=current_batch, languages=blend.languages, source_names=blend.source_names,
+        train_steps=inputs.sizes.num_steps, start_step=start_step,
+    ))
+    for observer in own:
+        state.go_on(observer)
+    watching = [observer for observer in own if not listens(observer)]
+    if inputs.held_out is not None:
+        held_out = inputs.held_out
+        watching.append(
+            ValidationObserver(
+                held_out, training, seq_length=config.data.seq_length, ranks=ranks, forward_only=forward_only,
+                languages=held_out.languages, source_names=held_out.source_names, path=state.run.validation_path,
+                start_step=start_step,
+            )
+        )
+    if config.capture:
+        neurons = NeuronObserver(
+            config, model_chunks=model_chunks, ranks=ranks, current_batch=current_batch, forward_only=forward_only,
+            probe=inputs.probe, languages=blend.languages, eod_id=inputs.tokenizer.eod, score=_score_functions(),
+        )
+        if state.keeps_neurons:
+            state.go_on(neurons)
+        watching.append(neurons)
+    return watching + [observer for observer in own if listens(observer)]
+
+
+def _restore(observer: object, folder: Path, ranks: Ranks) -> None:
     """Let an observer go on from what a checkpoint holds of it; one that it does not hold stays as it is."""
     from megatron_xalign.training.checkpoint import load_observer_state
-    from megatron_xalign.training.observers import parts_of
+    from megatron_xalign.training.observers import StatefulObserver, parts_of
 
-    state = load_observer_state(folder, observer.name, parts_of(observer), ranks)
-    if state is not None:
-        observer.restore(state)
+    if isinstance(observer, StatefulObserver):
+        state = load_observer_state(folder, observer.name, parts_of(observer), ranks)
+        if state is not None:
+            observer.restore(state)
 
 
 @contextmanager
@@ -307,7 +352,6 @@ def describe_run(config: RunConfig, processes: int | None) -> str:
     from megatron_xalign import terminal
     from megatron_xalign.batch_sizes import batch_sizes
     from megatron_xalign.data.blend import build_blend, describe_audit
-    from megatron_xalign.data.tokenizer import Tokenizer
     from megatron_xalign.training.model import padded_vocab_size
     from megatron_xalign.training.observers import find_factories
     from megatron_xalign.training.sizes import flops_per_token, memory_by_stage, num_parameters
@@ -318,8 +362,8 @@ def describe_run(config: RunConfig, processes: int | None) -> str:
     blend = build_blend(config)
     table = describe_audit(blend.audit())
     layout, training = config.parallel, config.training
-    tokenizer = Tokenizer.load(_required(config.data.tokenizer, "data.tokenizer"))
-    num_ids = _num_ids(config, tokenizer)
+    tokenizer = read_tokenizer(config)
+    num_ids = ids_of_model(config, tokenizer)
     branch = ""
     if training.load_state is not None:
         branch = f"{plan_branch(config, blend, num_ids, tokenizer.sha256).describe()}\n\n"
@@ -358,37 +402,3 @@ def _score_functions() -> Any:
         cosine_gap=lambda one_PH, other_PH: similarity.cosine(one_PH, other_PH).gap,
         retrieval=lambda one_PH, other_PH: retrieval.bitext_accuracy(one_PH, other_PH).mean,
     )
-
-
-def _num_ids(config: RunConfig, tokenizer: Any) -> int:
-    """Ids of the model; an imported one may have more than its tokenizer."""
-    stated = config.model.vocab_size
-    if stated is not None and stated < tokenizer.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={stated} is less than the {tokenizer.vocab_size} ids of {config.data.tokenizer}; leave "
-            "it out, or use the model's own tokenizer."
-        )
-    return int(tokenizer.vocab_size if stated is None else stated)
-
-
-def _required(path: str, setting: str) -> Path:
-    if not path:
-        raise ConfigError(f"{setting} is not set.")
-    return Path(path)
-
-
-def _tokenized_probe(data: DataConfig, tokenizer: Any) -> list[Any]:
-    """Both sides of every probe pair as token ids; empty if the run has no probe."""
-    from megatron_xalign.capture.probe import ProbeSentence
-    from megatron_xalign.data.documents import read_probe
-
-    if data.probe is None:
-        return []
-    sentences = [(pair.id, language, text) for pair in read_probe(data.probe) for language, text in pair.texts.items()]
-    if not sentences:
-        raise CorpusError(f"data.probe={data.probe} holds no pair; leave it out, or give held-out translations.")
-    encoded = tokenizer.encode([text for _, _, text in sentences])
-    return [
-        ProbeSentence(pair_id=pair, language=language, tokens=tokens, num_bytes=len(text.encode("utf-8")))
-        for (pair, language, text), tokens in zip(sentences, encoded, strict=True)
-    ]
