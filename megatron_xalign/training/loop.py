@@ -114,19 +114,18 @@ def fit(
         bar = stack.enter_context(progress_bar(sizes.num_steps, "training", " steps", initial=start_step))
         for chunk in model_chunks:
             chunk.train()
-        interval_start, compute_seconds, interval_tokens = time.monotonic(), 0.0, 0
+        interval = _Interval(optimizer, guard, sizes, ranks, flops_per_token)
         for step in range(start_step, sizes.num_steps):
             for observer in observers:
                 with _named(observer, "before_step", step, at):
                     observer.before_step(step)
-            step_start = time.monotonic()
+            interval.begin_step()
             at(step, "reading samples")
             batches = [
                 get_batch(sample_numbers(step, microbatch, config, ranks)).to(ranks.device)
                 for microbatch in range(_num_microbatches(step, config, ranks))
             ]
             seq_length = batches[0].tokens.shape[1]
-            step_tokens = sizes.size_of(step) * seq_length
             units = sizes.schedule_units(step + 1) - sizes.schedule_units(step)
             for chunk in model_chunks:
                 chunk.zero_grad_buffer()
@@ -149,11 +148,10 @@ def fit(
                 lr = optimizer.pass_over(units)
             if verdict == "rewind":
                 lr = _go_back(done, rewind, optimizer, losses, sizes, metrics_path, ranks)
-            compute_seconds += time.monotonic() - step_start
-            interval_tokens += step_tokens
-            consumed_tokens = sizes.samples_before(done) * seq_length
+            interval.end_step(sizes.size_of(step) * seq_length)
             metrics: dict[str, Any] = {
-                "step": done, "consumed_tokens": consumed_tokens, "grad_norm": grad_norm, "lr": lr
+                "step": done, "consumed_tokens": sizes.samples_before(done) * seq_length, "grad_norm": grad_norm,
+                "lr": lr,
             }
             if verdict != "go":
                 metrics["passed_over"] = True
@@ -166,16 +164,7 @@ def fit(
                         f"step {done}: the loss is {means['loss']}; use a lower optimizer.lr and go on from the last "
                         "checkpoint."
                     )
-                seconds = time.monotonic() - interval_start
-                line = metrics = {
-                    **metrics, **means, **({} if guard is None else guard.counts()),
-                    **({} if optimizer.loss_scale is None else {"loss_scale": optimizer.loss_scale}),
-                    **speed_of(
-                        interval_tokens / max(compute_seconds, 1e-9), flops_per_token, ranks.world_size, ranks.device
-                    ),
-                    "seconds": seconds,
-                    "seconds_left": (sizes.num_samples * seq_length - consumed_tokens) * seconds / interval_tokens,
-                }
+                line = metrics = {**metrics, **means, **interval.numbers(seq_length, metrics["consumed_tokens"])}
                 if ranks.rank == 0:
                     append_metrics(metrics_path, line)
                 # In a terminal the bar says it.
@@ -184,7 +173,7 @@ def fit(
                 )
                 speed = f"{line['tokens_per_second']:,.0f} tokens/s"
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, {speed}", refresh=False)
-                interval_start, compute_seconds, interval_tokens = time.monotonic(), 0.0, 0
+                interval.begin()
             for observer in reversed(observers):
                 with _named(observer, "after_step", done, at):
                     observer.after_step(done, metrics)
@@ -192,16 +181,7 @@ def fit(
             reason = stop.agreed() if done < sizes.num_steps else None
             # What went back must not go back again after a restart, over data that it has passed.
             if done % config.save_interval_steps == 0 or done == sizes.num_steps or reason or verdict == "rewind":
-                loss_sums = losses.state()
-                watching = observers if guard is None else [*observers, guard]
-                stateful = [observer for observer in watching if isinstance(observer, StatefulObserver)]
-                states = {observer.name: take_state(observer) for observer in stateful}
-                at(done, "saving", False)
-                path = save(done, loss_sums, states)
-                # A resumed run goes on from the rounded sums of the checkpoint; so does this one, to the same last bit.
-                losses.restore(loss_sums)
-                for keeper in stateful:
-                    keeper.restore(states[keeper.name])
+                path = _save(done, save, losses, observers if guard is None else [*observers, guard], at)
                 if completed is None:
                     _saved(observers, done, path, at)
             if completed is not None:
@@ -211,6 +191,62 @@ def fit(
             if reason:
                 raise StoppedEarly(f"stopped after step {done} of {sizes.num_steps} because {reason}; saved {path}.")
     return line
+
+
+class _Interval:
+    """Time and tokens since the last line of metrics."""
+
+    def __init__(
+        self, optimizer: Optimizer, guard: LossGuard | None, sizes: BatchSizes, ranks: Ranks,
+        flops_per_token: float | None,
+    ) -> None:
+        self._optimizer, self._guard, self._sizes, self._ranks = optimizer, guard, sizes, ranks
+        self._flops_per_token = flops_per_token
+        self._start = self._step_start = 0.0
+        self.begin()
+
+    def begin(self) -> None:
+        """Count from here."""
+        self._start, self._compute_seconds, self._tokens = time.monotonic(), 0.0, 0
+
+    def begin_step(self) -> None:
+        """What training a step takes, beside what observers and saves do, begins here."""
+        self._step_start = time.monotonic()
+
+    def end_step(self, tokens: int) -> None:
+        """And ends here; ``tokens`` of all ranks."""
+        self._compute_seconds += time.monotonic() - self._step_start
+        self._tokens += tokens
+
+    def numbers(self, seq_length: int, consumed_tokens: int) -> dict[str, Any]:
+        """Speed, time left, and what guard and loss scale stand at."""
+        seconds = time.monotonic() - self._start
+        return {
+            **({} if self._guard is None else self._guard.counts()),
+            **({} if self._optimizer.loss_scale is None else {"loss_scale": self._optimizer.loss_scale}),
+            **speed_of(
+                self._tokens / max(self._compute_seconds, 1e-9), self._flops_per_token, self._ranks.world_size,
+                self._ranks.device,
+            ),
+            "seconds": seconds,
+            "seconds_left": (self._sizes.num_samples * seq_length - consumed_tokens) * seconds / self._tokens,
+        }
+
+
+def _save(
+    done: int, save: Callable[[int, LossState, dict[str, ObserverState]], Path], losses: LossSums,
+    watching: Sequence[object], at: Callable[..., None],
+) -> Path:
+    """Save a step, and go on as a resumed run would: from the rounded sums of the checkpoint, to the same last bit."""
+    loss_sums = losses.state()
+    stateful = [observer for observer in watching if isinstance(observer, StatefulObserver)]
+    states = {observer.name: take_state(observer) for observer in stateful}
+    at(done, "saving", False)
+    path = save(done, loss_sums, states)
+    losses.restore(loss_sums)
+    for observer in stateful:
+        observer.restore(states[observer.name])
+    return path
 
 
 def _go_back(
