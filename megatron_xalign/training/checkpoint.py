@@ -254,7 +254,7 @@ def _removed_on_failure(partial: Path, ranks: Ranks) -> Iterator[None]:
 
 def load_checkpoint(
     folder: str | Path, model_chunks: Sequence[Any], optimizer: Any, scheduler: Any, ranks: Ranks, *,
-    new_schedule: bool = False,
+    new_schedule: bool = False, new_scales: bool = False,
 ) -> dict[str, Any]:
     """Put the state of a checkpoint into a freshly built model, optimizer and scheduler, on any layout.
 
@@ -269,6 +269,7 @@ def load_checkpoint(
         ranks: this process's place.
         new_schedule: whether the schedule may be another one than that of the checkpoint, of which only the place is
             then taken.
+        new_scales: whether FP8 scales are found afresh; those of another recipe, or of none, would not fit.
 
     Returns:
         ``step`` and ``extra`` as they were saved.
@@ -285,7 +286,7 @@ def load_checkpoint(
         )
     if ranks.rank == 0:
         _tell_other_versions(folder, manifest)
-    _load_model(folder, model_chunks)
+    _load_model(folder, model_chunks, without_scales=new_scales)
     if optimizer is not None:
         _load_optimizer(folder, model_chunks, optimizer, manifest)
     if scheduler is not None:
@@ -311,7 +312,8 @@ def load_weights(folder: str | Path, model_chunks: Sequence[Any], ranks: Ranks) 
     folder = Path(folder)
     manifest = read_manifest(folder)
     _check_files(folder, manifest, ranks)
-    _load_model(folder, model_chunks, weights_only=True)
+    # Scales belong to the run that found them, and what a converter writes has none.
+    _load_model(folder, model_chunks, without_scales=True)
     return {"step": manifest["step"], "extra": manifest["extra"]}
 
 
@@ -564,10 +566,9 @@ def _model_state(model_chunks: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def _load_model(folder: Path, model_chunks: Sequence[Any], weights_only: bool = False) -> None:
+def _load_model(folder: Path, model_chunks: Sequence[Any], without_scales: bool = False) -> None:
     state = _model_state(model_chunks)
-    if weights_only:
-        # Scales belong to the run that found them, and what a converter writes has none.
+    if without_scales:
         state = {
             chunk: {name: value for name, value in parts.items() if not name.endswith(_LAYER_STATE)}
             for chunk, parts in state.items()
@@ -576,7 +577,7 @@ def _load_model(folder: Path, model_chunks: Sequence[Any], weights_only: bool = 
     for number in range(len(model_chunks)):
         check_extra_state(loaded[f"model{number}"], f"checkpoint {folder}")
     for number, chunk in enumerate(model_chunks):
-        missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=not weights_only)
+        missing, unexpected = unwrap(chunk).load_state_dict(loaded[f"model{number}"], strict=not without_scales)
         absent = [name for name in missing if not name.endswith(_LAYER_STATE)]
         if absent or unexpected:
             raise CheckpointError(

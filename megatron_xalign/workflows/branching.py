@@ -46,6 +46,8 @@ class Branch:
     """Languages and sources whose tokens the other run counted; None where its sources cannot be read any more."""
     keeps_neurons: bool
     """Whether the same is captured, of the same languages."""
+    keeps_scales: bool
+    """Whether FP8 scales are those of the other run; not from one recipe to another, or from bf16."""
 
     def facts(self) -> dict[str, Any]:
         """As ``run.json`` tells it."""
@@ -134,6 +136,7 @@ def plan_branch(config: RunConfig, blend: Blend, vocab_size: int, tokenizer_sha2
         checkpoint, step, differing,
         counted=None if earlier is None else (earlier.languages, earlier.source_names),
         keeps_neurons=earlier is not None and earlier.languages == blend.languages and before.capture == config.capture,
+        keeps_scales=before.fp8 == config.fp8,
     )
 
 

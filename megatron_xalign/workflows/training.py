@@ -195,8 +195,10 @@ class _State:
             return step, extra["loss_sums"]
         if branch is not None:
             self._origin, self.keeps_neurons = branch.checkpoint, branch.keeps_neurons
-            step, extra = self._load(branch.checkpoint, new_schedule=True)
+            step, extra = self._load(branch.checkpoint, new_schedule=True, new_scales=not branch.keeps_scales)
             log.info("this run %s.", branch.describe())
+            if self.inputs.config.fp8 is not None and not branch.keeps_scales:
+                log.info("FP8 scales are found afresh.")
             return step, self._counted_so_far(extra["loss_sums"], branch)
         return 0, None
 
@@ -205,12 +207,14 @@ class _State:
         if self._origin is not None:
             _restore(observer, self._origin, self.ranks)
 
-    def _load(self, checkpoint: Path, new_schedule: bool = False) -> tuple[int, dict[str, Any]]:
+    def _load(
+        self, checkpoint: Path, *, new_schedule: bool = False, new_scales: bool = False
+    ) -> tuple[int, dict[str, Any]]:
         from megatron_xalign.training.checkpoint import load_checkpoint
 
         found = load_checkpoint(
             checkpoint, self.model_chunks, self.optimizer.megatron, self.optimizer.scheduler, self.ranks,
-            new_schedule=new_schedule,
+            new_schedule=new_schedule, new_scales=new_scales,
         )
         return found["step"], found["extra"]
 

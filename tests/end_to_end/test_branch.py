@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from corpus_of_nonsense import LANGUAGES
 from xalign_process import ROOT, Xalign
+
+from megatron_xalign.formats.checkpoint import CheckpointReader
+from megatron_xalign.names import MAIN_WEIGHT
 
 EXAMPLE = ROOT / "examples" / "laptop_tp2_pp2.yaml"
 TIMED = ("seconds", "seconds_left", "tokens_per_second", "tflops_per_device", "memory_gib")
@@ -60,8 +64,12 @@ def trunk(text: Path, tmp_path_factory: pytest.TempPathFactory, xalign: Xalign) 
     return run
 
 
+def checkpoint(run: Path, step: int) -> Path:
+    return run / f"checkpoints/step-{step:06d}"
+
+
 def state_of(trunk: Path) -> str:
-    return f"training.load_state={trunk}/checkpoints/step-{BRANCH:06d}"
+    return f"training.load_state={checkpoint(trunk, BRANCH)}"
 
 
 @pytest.mark.end_to_end
@@ -132,6 +140,38 @@ def test_a_branch_on_another_layout_with_another_source_counts_what_was_before(
     )
     for name in ("tokens_by_language", "tokens_by_source", "parallel_fraction"):
         assert lines(branch)[-1][name] == lines(whole)[-1][name]
+
+
+DELAYED = "{fp8: {recipe: delayed, amax_history_len: 4}}"
+TENSORWISE = "{fp8: {recipe: tensorwise}}"
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize(
+    ("before", "after"), [(DELAYED, "bf16"), ("bf16", DELAYED), (DELAYED, TENSORWISE), (TENSORWISE, DELAYED)]
+)
+def test_a_branch_may_go_to_fp8_from_bf16_or_another_recipe_and_back(
+    text: Path, tmp_path: Path, xalign: Xalign, before: str, after: str
+) -> None:
+    """Main weights and moments are float32 in all of them, and are taken over as they are."""
+    trunk, branch = tmp_path / "trunk", tmp_path / "branch"
+    ours = "backend.layers=local"
+    xalign("train", EXAMPLE, *settings(text, trunk, f"precision={before}", ours, steps=BRANCH + 1))
+    still = ("optimizer.lr=1e-30", "optimizer.min_lr=0", "training.save_interval_steps=1")
+    after_that = settings(text, branch, f"precision={after}", ours, state_of(trunk), *still, steps=BRANCH + 2)
+    said = xalign("train", EXAMPLE, *after_that).stderr
+    assert ("FP8 scales are found afresh" in said) == (after != "bf16")
+    first, taken = CheckpointReader(checkpoint(trunk, BRANCH)), CheckpointReader(checkpoint(branch, BRANCH + 1))
+    weights = [name for name in first.names() if name.startswith(MAIN_WEIGHT)]
+    assert weights
+    for name in weights:
+        # A step with that learning rate is less than the last bit of any weight that is not tiny itself.
+        torch.testing.assert_close(taken.tensor(name), first.tensor(name), rtol=0, atol=1e-27, msg=name)
+    squares = [name for name in first.names() if name.startswith("optimizer.state.exp_avg_sq.")]
+    assert len(squares) == len(weights)
+    for name in squares:
+        # It decays by 0.95, and something is added that is not negative.
+        assert bool((taken.tensor(name) >= 0.949 * first.tensor(name)).all()), name
 
 
 @pytest.mark.end_to_end
