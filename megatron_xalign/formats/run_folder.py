@@ -29,7 +29,7 @@ from typing import Any
 from megatron_xalign import __version__
 from megatron_xalign.config import RunConfig, read_config
 from megatron_xalign.config.tree import to_tree, to_yaml
-from megatron_xalign.errors import ConfigError, FormatError
+from megatron_xalign.errors import CheckpointError, ConfigError, FormatError
 from megatron_xalign.formats.atomic import read_json, write_json, write_text
 
 # Settings that may change between two starts of one run without changing a single trained bit.
@@ -198,6 +198,32 @@ class RunFolder:
                     return
                 shown = line[:80].decode("utf-8", errors="replace")
                 raise FormatError(f"{self.metrics_path}:{number} is not JSON: {shown!r}.") from None
+
+
+    def check_may_begin(self) -> None:
+        """Check, where there is no checkpoint, that the run has not got past the first one it wrote.
+
+        One that was stopped before that begins again; another would be written over from its first step.
+
+        Raises:
+            CheckpointError: it has got further.
+        """
+        if not (self.metrics_path.is_file() and self.config_path.is_file()):
+            return
+        training, begin = self.config().training, self.first_step()
+        saved = (begin // training.save_interval_steps + 1) * training.save_interval_steps
+        if training.async_save:
+            # Complete when the next one begins, at the latest.
+            saved += training.save_interval_steps
+        last = 0
+        for line in self.metrics():
+            last = line["step"] if isinstance(line, dict) and isinstance(line.get("step"), int) else last
+        if last > saved:
+            raise CheckpointError(
+                f"{self.metrics_path} goes to step {last}, and {self.checkpoints} holds no checkpoint any more: the "
+                f"run would start from step {begin} and write over what is there. Restore a checkpoint from a copy, or "
+                f"train in another output_dir; or delete {self.metrics_path.name}, and it starts over."
+            )
 
 
 def start_run(config: RunConfig, command: list[str], layout: dict[str, int], facts: dict[str, Any]) -> RunFolder:

@@ -84,7 +84,10 @@ def train(config: RunConfig, observers: Sequence[ObserverFactory] = ()) -> Path:
 
     factories = [*find_factories(config.observers), *observers]
     run = RunFolder(Path(config.output_dir))
-    inputs = read_inputs(config, is_begun=bool(checkpoint_folders(run.checkpoints)))
+    is_begun = bool(checkpoint_folders(run.checkpoints))
+    if not is_begun:
+        run.check_may_begin()
+    inputs = read_inputs(config, is_begun=is_begun)
     blend, training, sizes = inputs.blend, inputs.training, inputs.sizes
     # Before anything is built: what cannot run here is said now.
     choice = backends.choose(config, backends.look(int(os.environ.get("LOCAL_RANK", "0"))))

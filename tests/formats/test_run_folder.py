@@ -9,7 +9,7 @@ import pytest
 
 from megatron_xalign.config import RunConfig
 from megatron_xalign.config.tree import from_tree
-from megatron_xalign.errors import FormatError
+from megatron_xalign.errors import CheckpointError, FormatError
 from megatron_xalign.formats.run_folder import RunFolder, start_run
 
 
@@ -80,3 +80,30 @@ def test_a_metrics_line_of_other_bytes_is_named_and_a_last_one_is_passed_over(tm
         next(metrics)
     run.metrics_path.write_bytes(b'{"step": 1}\n{"st\xff')
     assert [line["step"] for line in run.metrics()] == [1]
+
+
+@pytest.mark.parametrize(
+    ("branched_at", "in_background", "last_step", "may"),
+    [
+        (0, False, None, True), (0, False, 4, True), (0, False, 5, False), (0, True, 8, True), (0, True, 9, False),
+        # A branch from step 6 saves at step 8 first.
+        (6, False, 8, True), (6, False, 9, False),
+    ],
+)
+def test_a_run_that_got_past_its_first_checkpoint_and_lost_all_is_not_begun_again(
+    tmp_path: Path, branched_at: int, in_background: bool, last_step: int | None, may: bool
+) -> None:
+    tree = {"output_dir": str(tmp_path), "training": {"save_interval_steps": 4, "async_save": in_background}}
+    facts = {"train_steps": 20} | ({"branched_from": {"step": branched_at}} if branched_at else {})
+    run = start_run(from_tree(RunConfig, tree), ["xalign"], {}, facts)
+    run.check_may_begin()
+    if last_step is not None:
+        steps = range(branched_at + 1, last_step + 1)
+        run.metrics_path.write_text("".join(f'{{"step": {step}}}\n' for step in steps), encoding="utf-8")
+    if may:
+        run.check_may_begin()
+        return
+    with pytest.raises(CheckpointError, match=rf"goes to step {last_step}, .* start from step {branched_at} and write"):
+        run.check_may_begin()
+    run.metrics_path.unlink()
+    run.check_may_begin()
