@@ -18,19 +18,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_xalign.config import (
-    ConfigError,
-    DataConfig,
-    MixtureConfig,
-    RunConfig,
-    SchedulePhase,
-    SourceConfig,
-    TrainingConfig,
-)
+from megatron_xalign.config import DataConfig, MixtureConfig, RunConfig, SchedulePhase, SourceConfig, TrainingConfig
 from megatron_xalign.data import order as order_module
 from megatron_xalign.data.audit import describe_audit
 from megatron_xalign.data.blend import Blend, build_blend, readable_samples
-from megatron_xalign.errors import CorpusError
+from megatron_xalign.errors import ConfigError, CorpusError
 from megatron_xalign.formats.token_file import TokenFileWriter, read_token_file
 
 SEQ_LENGTH, BATCH = 64, 12

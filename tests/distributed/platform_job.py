@@ -178,9 +178,11 @@ def _page_faults() -> str:
             torch.empty(1 << 21).fill_(1.0)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    before = taken()
+    # The least of three: a system that is short of memory takes pages away, and a heap moves once or twice.
+    before = min(taken() for _ in range(3))
     platform.install()
-    return json.dumps({"before": before, "after": taken(), "pages": (1 << 23) // resource.getpagesize()})
+    after = min(taken() for _ in range(3))
+    return json.dumps({"before": before, "after": after, "pages": (1 << 23) // resource.getpagesize()})
 
 
 def _install_twice_and_with_cuda() -> str:
