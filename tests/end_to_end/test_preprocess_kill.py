@@ -148,7 +148,9 @@ def held_between_parts(folder: Path, corpus: Corpus, workers: int = 2) -> tuple[
         wait_until(lambda prefix=prefix, job=job: bool(records(prefix)) or job.poll() is not None)  # type: ignore[misc]
         job.send_signal(signal.SIGSTOP)
         wait_until(lambda job=job: job.poll() is not None or is_held(job))  # type: ignore[misc]
-        if job.poll() is None and 0 < len(records(prefix)) < corpus.num_parts["documents"] - workers:
+        # Records are few again when all is joined and the job clears up.
+        is_joined = Path(f"{prefix}.bin").exists()
+        if job.poll() is None and not is_joined and 0 < len(records(prefix)) < corpus.num_parts["documents"] - workers:
             return prefix, job
         # This process was away for so long that the job came to its end.
         job.send_signal(signal.SIGCONT)
