@@ -141,16 +141,21 @@ def records(prefix: Path) -> list[Path]:
 
 
 def held_between_parts(folder: Path, corpus: Corpus, workers: int = 2) -> tuple[Path, subprocess.Popen[str]]:
-    """A job of documents that is stopped with parts done and others missing, and its prefix."""
+    """A job of documents that is stopped with parts done and others missing, and its prefix.
+
+    The newest record of each worker may have its name and not be safe on the disk: it goes if the job is interrupted
+    then, and with it the folder if there is no other.
+    """
     for attempt in range(20):
         prefix = folder / str(attempt) / "documents"
         job = corpus.start("documents", prefix, workers)
-        wait_until(lambda prefix=prefix, job=job: bool(records(prefix)) or job.poll() is not None)  # type: ignore[misc]
+        wait_until(lambda prefix=prefix, job=job: len(records(prefix)) > workers or job.poll() is not None)  # type: ignore[misc]
         job.send_signal(signal.SIGSTOP)
         wait_until(lambda job=job: job.poll() is not None or is_held(job))  # type: ignore[misc]
         # Records are few again when all is joined and the job clears up.
         is_joined = Path(f"{prefix}.bin").exists()
-        if job.poll() is None and not is_joined and 0 < len(records(prefix)) < corpus.num_parts["documents"] - workers:
+        num_done, num_parts = len(records(prefix)), corpus.num_parts["documents"]
+        if job.poll() is None and not is_joined and workers < num_done < num_parts - workers:
             return prefix, job
         # This process was away for so long that the job came to its end.
         job.send_signal(signal.SIGCONT)
