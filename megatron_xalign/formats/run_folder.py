@@ -197,7 +197,10 @@ class RunFolder:
                 if number == len(lines):  # the run was killed while it wrote this line
                     return
                 shown = line[:80].decode("utf-8", errors="replace")
-                raise FormatError(f"{self.metrics_path}:{number} is not JSON: {shown!r}.") from None
+                raise FormatError(
+                    f"{self.metrics_path}:{number} is not JSON: {shown!r}. Take that line out, or restore the file "
+                    "from a copy."
+                ) from None
 
 
     def check_may_begin(self) -> None:

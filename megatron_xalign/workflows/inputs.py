@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from megatron_xalign.batch_sizes import BatchSizes, batch_sizes
 from megatron_xalign.config import DataConfig, RunConfig, TrainingConfig
 from megatron_xalign.errors import ConfigError, CorpusError
+from megatron_xalign.formats.checkpoint_folder import checkpoint_folders
+from megatron_xalign.formats.run_folder import RunFolder
 from megatron_xalign.workflows.branching import Branch, plan_branch
 
 if TYPE_CHECKING:
@@ -43,23 +45,23 @@ class RunInputs:
     """Where it begins, if that is another run's checkpoint."""
 
 
-def read_inputs(config: RunConfig, *, is_begun: bool) -> RunInputs:
-    """Open and check what a run reads.
-
-    Args:
-        config: of the run.
-        is_begun: whether it has checkpoints of its own, and so goes on from no other run's.
+def read_inputs(config: RunConfig) -> RunInputs:
+    """Open and check what a run reads; one that has checkpoints of its own goes on from no other run's.
 
     Raises:
         ConfigError: a setting is missing or does not fit the data.
         CorpusError: there is too little text for it.
         FormatError: a file is damaged, or of another tokenizer.
-        CheckpointError: the checkpoint it is to begin from cannot be gone on from.
+        CheckpointError: the checkpoint it is to begin from cannot be gone on from, or its own are gone.
     """
     from megatron_xalign.data.blend import build_blend
     from megatron_xalign.data.evaluation import build_evaluation
     from megatron_xalign.formats.token_file import check_same_tokenizer
 
+    run = RunFolder(Path(config.output_dir))
+    is_begun = bool(checkpoint_folders(run.checkpoints))
+    if not is_begun:
+        run.check_may_begin()
     tokenizer = read_tokenizer(config)
     blend = build_blend(config)
     for windows in blend.windows:
@@ -67,7 +69,7 @@ def read_inputs(config: RunConfig, *, is_begun: bool) -> RunInputs:
     training = dataclasses.replace(config.training, train_steps=blend.train_steps)
     probe = _tokenized_probe(config.data, tokenizer) if config.capture else []
     held_out = build_evaluation(config) if training.eval_interval_steps else None
-    num_ids, branch = ids_of_model(config, tokenizer), None
+    num_ids, branch = _ids_of_model(config, tokenizer), None
     if training.load_state is not None and not is_begun:
         branch = plan_branch(config, blend, num_ids, tokenizer.sha256)
     return RunInputs(
@@ -89,12 +91,8 @@ def read_tokenizer(config: RunConfig) -> Tokenizer:
     return Tokenizer.load(Path(config.data.tokenizer))
 
 
-def ids_of_model(config: RunConfig, tokenizer: Tokenizer) -> int:
-    """Ids of the model; an imported one may have more than its tokenizer.
-
-    Raises:
-        ConfigError: ``model.vocab_size`` is less than those of the tokenizer.
-    """
+def _ids_of_model(config: RunConfig, tokenizer: Tokenizer) -> int:
+    """Ids of the model; an imported one may have more than its tokenizer."""
     stated = config.model.vocab_size
     if stated is not None and stated < tokenizer.vocab_size:
         raise ConfigError(

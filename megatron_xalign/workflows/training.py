@@ -14,12 +14,12 @@ from megatron_xalign.config import RunConfig, TrainingConfig
 from megatron_xalign.config.tree import to_tree, to_yaml
 from megatron_xalign.errors import ConfigError, XAlignError
 from megatron_xalign.formats.atomic import write_json
-from megatron_xalign.formats.checkpoint_folder import checkpoint_folders, remove_leftovers
+from megatron_xalign.formats.checkpoint_folder import remove_leftovers
 from megatron_xalign.formats.run_folder import RunFolder, check_same_run, command_line, start_run
 from megatron_xalign.formats.run_lock import RunLock
 from megatron_xalign.job_script import check_processes
-from megatron_xalign.workflows.branching import Branch, check_same_data, plan_branch
-from megatron_xalign.workflows.inputs import RunInputs, ids_of_model, read_inputs, read_tokenizer
+from megatron_xalign.workflows.branching import Branch, check_same_data
+from megatron_xalign.workflows.inputs import RunInputs, read_inputs, read_tokenizer
 
 if TYPE_CHECKING:
     from megatron_xalign.batch import CurrentBatch
@@ -84,10 +84,7 @@ def train(config: RunConfig, observers: Sequence[ObserverFactory] = ()) -> Path:
 
     factories = [*find_factories(config.observers), *observers]
     run = RunFolder(Path(config.output_dir))
-    is_begun = bool(checkpoint_folders(run.checkpoints))
-    if not is_begun:
-        run.check_may_begin()
-    inputs = read_inputs(config, is_begun=is_begun)
+    inputs = read_inputs(config)
     blend, training, sizes = inputs.blend, inputs.training, inputs.sizes
     # Before anything is built: what cannot run here is said now.
     choice = backends.choose(config, backends.look(int(os.environ.get("LOCAL_RANK", "0"))))
@@ -357,8 +354,7 @@ def is_trained(config: RunConfig) -> bool:
 def describe_run(config: RunConfig, processes: int | None) -> str:
     """What a training run would be: the resolved config, the model's size, memory by stage and the mixture table."""
     from megatron_xalign import terminal
-    from megatron_xalign.batch_sizes import batch_sizes
-    from megatron_xalign.data.blend import build_blend, describe_audit
+    from megatron_xalign.data.blend import describe_audit
     from megatron_xalign.training.model import padded_vocab_size
     from megatron_xalign.training.observers import find_factories
     from megatron_xalign.training.sizes import flops_per_token, memory_by_stage, num_parameters
@@ -366,14 +362,12 @@ def describe_run(config: RunConfig, processes: int | None) -> str:
     if processes is not None:
         check_processes(config, processes)
     find_factories(config.observers)
-    blend = build_blend(config)
-    table = describe_audit(blend.audit())
-    layout, training = config.parallel, config.training
-    tokenizer = read_tokenizer(config)
-    num_ids = ids_of_model(config, tokenizer)
-    branch = ""
-    if training.load_state is not None:
-        branch = f"{plan_branch(config, blend, num_ids, tokenizer.sha256).describe()}\n\n"
+    # All that the start reads and checks.
+    inputs = read_inputs(config)
+    table = describe_audit(inputs.blend.audit())
+    layout, training, num_ids = config.parallel, inputs.training, inputs.num_ids
+    branch = f"{inputs.branch.describe()}\n\n" if inputs.branch is not None else ""
+    tokens = inputs.sizes.num_samples * config.data.seq_length
     rows = padded_vocab_size(
         num_ids, config.model.make_vocab_size_divisible_by, layout.tensor_model_parallel_size
     )
@@ -388,8 +382,8 @@ def describe_run(config: RunConfig, processes: int | None) -> str:
     return (
         f"{to_yaml(config)}\n"
         f"{num_parameters(config.model, rows):,} parameters ({rows:,} rows of vocabulary, {num_ids:,} "
-        f"used); {flops / 1e9:.3g} GFLOP for each token, {flops * config.train_tokens / 1e15:.3g} PFLOP in all\n"
-        f"{config.train_tokens:,} tokens in {batch_sizes(training).num_steps:,} steps; "
+        f"used); {flops / 1e9:.3g} GFLOP for each token, {flops * tokens / 1e15:.3g} PFLOP in all\n"
+        f"{tokens:,} tokens in {inputs.sizes.num_steps:,} steps; "
         f"TP{layout.tensor_model_parallel_size} PP{layout.pipeline_model_parallel_size}"
         + (f" in {layout.virtual_size} blocks each" if layout.virtual_size > 1 else "")
         + f" CP{layout.context_parallel_size} on "

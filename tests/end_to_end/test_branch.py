@@ -109,6 +109,7 @@ def test_a_branch_that_is_stopped_goes_on_from_its_own_checkpoints(
     for step in (16, 20):
         shutil.rmtree(branch / f"checkpoints/step-{step:06d}")
     shutil.rmtree(gone)
+    assert "goes on from step" not in xalign(*train, "--dry-run").stdout
     assert "continuing from" in xalign(*train).stderr
     assert lines(branch) == whole
     assert tensors(branch, STEPS) == last

@@ -75,9 +75,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_changed_data_is_refused(
     assert lines(others) == whole
     assert len(list((others / "checkpoints").iterdir())) == 3
     shutil.rmtree(others / "checkpoints")
-    refused = xalign(*train, "--set", f"output_dir={others}", check=False)
-    assert refused.returncode == 1
-    assert "goes to step 8, and" in refused.stderr and "or delete metrics.jsonl" in refused.stderr
+    for more in ((), ("--dry-run",)):
+        refused = xalign(*train, "--set", f"output_dir={others}", *more, check=False)
+        assert refused.returncode == 1
+        assert "goes to step 8, and" in refused.stderr and "or delete metrics.jsonl" in refused.stderr
     assert lines(others) == whole
 
     shutil.rmtree(saved / "step-000008")
