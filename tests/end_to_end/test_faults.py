@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -261,3 +262,26 @@ def test_a_second_job_in_the_same_folder_is_refused_and_touches_nothing(
     lock.release()
     xalign(*train, *pipeline)
     assert lines(run)[-1]["step"] == 4
+
+
+@pytest.mark.end_to_end
+def test_a_dry_run_sees_what_the_start_would_see(text: Path, tmp_path: Path, xalign: Xalign) -> None:
+    tokens = shutil.copytree(text / "tokens", tmp_path / "tokens")
+    run = tmp_path / "run"
+    train = ["train", EXAMPLE, "--dry-run", *settings(text, tokens, run, steps=4)]
+    more = ("--set", "data.mixture.budget_rule=add", "--set", "data.mixture.parallel_fraction=0.5")
+    for words in ((), more):
+        said = xalign(*train, *words).stdout
+        samples, steps = map(int, re.findall(r"^(\d+) samples of 32 tokens in (\d+) steps:", said, re.MULTILINE)[0])
+        assert (steps > 4) == bool(words)
+        assert f"{samples * 32:,} tokens in {steps} steps; TP1" in said, said
+    probe = ("--set", "capture={probe_interval_steps: 2}", "--set", f"data.probe={tmp_path}/nowhere.jsonl")
+    missing = xalign(*train, *probe, check=False)
+    assert missing.returncode == 1 and "nowhere.jsonl" in missing.stderr
+    manifest = tokens / "fin_Latn.manifest.json"
+    content = json.loads(manifest.read_text())
+    content["tokenizer"]["sha256"] = "0" * 64
+    manifest.write_text(json.dumps(content))
+    other = xalign(*train, check=False)
+    assert other.returncode == 1 and "tokenizer" in other.stderr and "fin_Latn" in other.stderr, other.stderr
+    assert not run.exists()
